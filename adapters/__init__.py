@@ -1,0 +1,1 @@
+"""What speaks an engine's words; one package per engine, and none imports another."""

@@ -1,0 +1,1 @@
+"""vLLM: dense attention through its registry of backends."""

@@ -1,0 +1,9 @@
+"""What attention needs, and nothing of an engine.
+
+| module | what it holds |
+| --- | --- |
+| `problem` | what is asked for and what a provider can do, both as data |
+| `providers` | who provides kernels, and the choice among them |
+| `paging`, `step` | the paged cache as strided views, and one engine step as data |
+| `paged_attention`, `mla_decode`, `store_kv`, `merge` | the operations; `reference.py` in each is its oracle |
+"""

@@ -1,0 +1,39 @@
+"""The provider `reference`: every operation in plain torch, on any device. The oracle of all others."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from taut.common_kernels.merge.reference import merge
+from taut.common_kernels.mla_decode.reference import mla_decode
+from taut.common_kernels.paged_attention.reference import paged_attention, ragged_attention
+from taut.common_kernels.store_kv.reference import store_kv, store_mla_kv
+
+if TYPE_CHECKING:
+    from taut.common_kernels.problem import Problem
+    from taut.common_kernels.step import Step
+
+__all__ = [
+    "NoWorkspace",
+    "merge",
+    "mla_decode",
+    "paged_attention",
+    "ragged_attention",
+    "store_kv",
+    "store_mla_kv",
+    "workspace",
+]
+
+
+class NoWorkspace:
+    """The workspace of a provider that needs none."""
+
+    size_in_bytes = 0
+
+    def prepare(self, step: Step) -> None:
+        """Nothing to prepare."""
+
+
+def workspace(problem: Problem, max_rows: int, max_tokens: int, device: str) -> NoWorkspace:  # noqa: ARG001
+    """See `Kernels.workspace`."""
+    return NoWorkspace()

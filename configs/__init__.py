@@ -1,0 +1,1 @@
+"""Tile tables per GPU, measured, as data."""

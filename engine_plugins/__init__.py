@@ -1,0 +1,1 @@
+"""What an engine loads: one module per engine, the settings and the log."""
