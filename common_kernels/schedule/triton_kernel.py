@@ -1,0 +1,289 @@
+"""The schedule on the device: one program, one launch per step, nothing read back by the host.
+
+The tables are int32, eight numbers a record, in the order of `reference.Item` and `reference.Part`. Attention kernels
+read them with `load_part` and `load_item`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from taut.common_kernels.schedule.reference import most_items
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from taut.common_kernels.schedule.reference import ScheduleShape
+    from taut.common_kernels.step import Step
+
+RECORD = tl.constexpr(8)
+MOST_AT_ONCE = 1024  # items or parts that the one program handles together
+
+
+@triton.jit
+def load_part(parts: tl.tensor, part: tl.tensor) -> tl.tensor:
+    """The record of a part: first item, first tile, last item (-1 where idle), end tile, split of the first item."""
+    record = parts + part * RECORD
+    return tl.load(record), tl.load(record + 1), tl.load(record + 2), tl.load(record + 3), tl.load(record + 4)
+
+
+@triton.jit
+def load_item(items: tl.tensor, item: tl.tensor) -> tl.tensor:
+    """The record of an item: row, first query, queries, first position, first key, end key, splits, first partial."""
+    record = items + item * RECORD
+    return (
+        tl.load(record),
+        tl.load(record + 1),
+        tl.load(record + 2),
+        tl.load(record + 3),
+        tl.load(record + 4),
+        tl.load(record + 5),
+        tl.load(record + 6),
+        tl.load(record + 7),
+    )
+
+
+@triton.jit
+def tiles_of(queries: tl.tensor, first_key: tl.tensor, end_key: tl.tensor, TILE: tl.constexpr) -> tl.tensor:
+    """Tiles of an item; see `reference.tiles_of`."""
+    return tl.where(queries > 0, tl.maximum(tl.cdiv(end_key - first_key, TILE), 1), 0)
+
+
+@triton.jit
+def _last_at_most(starts: tl.tensor, count: tl.tensor, wanted: tl.tensor, STEPS: tl.constexpr) -> tl.tensor:
+    """For each of `wanted`, the last place of starts[0 : count], which ascends, that is not above it."""
+    low = tl.zeros_like(wanted)
+    high = low + count
+    for _ in tl.static_range(STEPS):
+        middle = (low + high) // 2
+        left = tl.load(starts + middle, mask=middle < count, other=0) > wanted
+        low = tl.where(left, low, middle)
+        high = tl.where(left, middle, high)
+    return low
+
+
+@triton.jit
+def _describe(
+    item: tl.tensor,
+    item_count: tl.tensor,
+    lengths: tl.tensor,
+    query_starts: tl.tensor,
+    row_items: tl.tensor,
+    rows: tl.tensor,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+) -> tl.tensor:
+    """Row, first query, queries, first position, first key, end key of many items; see `reference._item`."""
+    here = item < item_count
+    if ONE_BLOCK:
+        row, block = item, tl.zeros_like(item)
+    else:
+        row = _last_at_most(row_items, rows, item, STEPS)
+        block = item - tl.load(row_items + row, mask=here, other=0)
+    row_end = tl.load(query_starts + row + 1, mask=here, other=0)
+    first_query = tl.load(query_starts + row, mask=here, other=0) + block * BLOCK
+    length = tl.load(lengths + row, mask=here, other=0)
+    queries = tl.minimum(row_end - first_query, BLOCK)
+    first_position = length - (row_end - first_query)
+    end_key = length
+    if RIGHT >= 0:
+        end_key = tl.maximum(tl.minimum(end_key, first_position + queries + RIGHT), 0)
+    first_key = tl.zeros_like(item)
+    if LEFT >= 0:
+        first_key = tl.maximum(tl.minimum(first_position - LEFT, end_key), 0) // TILE * TILE
+    return row, first_query, queries, first_position, first_key, end_key
+
+
+@triton.jit
+def _part_of_tile(place: tl.tensor, total: tl.tensor, active: tl.tensor) -> tl.tensor:
+    return (((place.to(tl.int64) + 1) * active - 1) // total).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["rows", "parts"])
+def schedule_kernel(
+    lengths: tl.tensor,
+    query_starts: tl.tensor,
+    items_out: tl.tensor,
+    parts_out: tl.tensor,
+    row_items: tl.tensor,  # [R + 1] scratch: the first item of each row; not used where each row is one item
+    item_starts: tl.tensor,  # [items] scratch: the first tile of each item
+    rows: tl.tensor,
+    parts: tl.tensor,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    MINIMUM_SHARE: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,  # no row has more queries than an item: items are rows
+    STEPS: tl.constexpr,  # halvings that reduce the number of items, or of rows, to one
+    CHUNK: tl.constexpr,
+) -> None:
+    """Fill the tables of a step; see `DeviceSchedule.launch`."""
+    lanes = tl.arange(0, CHUNK)
+    item_count = rows
+    if not ONE_BLOCK:
+        item_count = rows * 0
+        for start in range(0, rows, CHUNK):
+            row = start + lanes
+            here = row < rows
+            queries = tl.load(query_starts + row + 1, mask=here, other=0) - tl.load(
+                query_starts + row, mask=here, other=0
+            )
+            blocks = tl.where(here, tl.maximum(tl.cdiv(queries, BLOCK), 1), 0)
+            tl.store(row_items + row, item_count + tl.cumsum(blocks) - blocks, mask=here)
+            item_count += tl.sum(blocks)
+        tl.debug_barrier()  # the program's other threads read row_items
+
+    total = rows * 0
+    for start in range(0, item_count, CHUNK):
+        _, _, queries, _, first_key, end_key = _describe(
+            start + lanes,
+            item_count,
+            lengths,
+            query_starts,
+            row_items,
+            rows,
+            TILE,
+            BLOCK,
+            LEFT,
+            RIGHT,
+            ONE_BLOCK,
+            STEPS,
+        )
+        total += tl.sum(tiles_of(queries, first_key, end_key, TILE))
+    active = tl.minimum(parts, tl.cdiv(total, MINIMUM_SHARE))
+    divisor = tl.maximum(total, 1)
+
+    tiles_before = rows * 0
+    partials_before = rows * 0
+    for start in range(0, item_count, CHUNK):
+        item = start + lanes
+        here = item < item_count
+        row, first_query, queries, first_position, first_key, end_key = _describe(
+            item, item_count, lengths, query_starts, row_items, rows, TILE, BLOCK, LEFT, RIGHT, ONE_BLOCK, STEPS
+        )
+        tiles = tiles_of(queries, first_key, end_key, TILE)
+        item_end = tiles_before + tl.cumsum(tiles)
+        item_start = item_end - tiles
+        first_part = _part_of_tile(item_start, divisor, active)
+        splits = tl.where(tiles > 0, _part_of_tile(item_end - 1, divisor, active) - first_part + 1, 0)
+        partials = tl.where(splits > 1, splits, 0)
+        first_partial = partials_before + tl.cumsum(partials) - partials
+        tl.store(item_starts + item, item_start, mask=here)
+        record = items_out + item * RECORD
+        tl.store(record, row, mask=here)
+        tl.store(record + 1, first_query, mask=here)
+        tl.store(record + 2, queries, mask=here)
+        tl.store(record + 3, first_position, mask=here)
+        tl.store(record + 4, first_key, mask=here)
+        tl.store(record + 5, end_key, mask=here)
+        tl.store(record + 6, splits, mask=here)
+        tl.store(record + 7, first_partial, mask=here)
+        tiles_before += tl.sum(tiles)
+        partials_before += tl.sum(partials)
+    tl.debug_barrier()  # the program's other threads read item_starts
+
+    for start in range(0, parts, CHUNK):
+        part = start + lanes
+        busy = part < active
+        begin = (part.to(tl.int64) * total // tl.maximum(active, 1)).to(tl.int32)
+        end = ((part.to(tl.int64) + 1) * total // tl.maximum(active, 1)).to(tl.int32)
+        first_item = _last_at_most(item_starts, item_count, begin, STEPS)
+        last_item = _last_at_most(item_starts, item_count, end - 1, STEPS)
+        first_start = tl.load(item_starts + first_item, mask=busy, other=0)
+        last_start = tl.load(item_starts + last_item, mask=busy, other=0)
+        here = part < parts
+        record = parts_out + part * RECORD
+        tl.store(record, tl.where(busy, first_item, 0), mask=here)
+        tl.store(record + 1, tl.where(busy, begin - first_start, 0), mask=here)
+        tl.store(record + 2, tl.where(busy, last_item, -1), mask=here)
+        tl.store(record + 3, tl.where(busy, end - last_start, 0), mask=here)
+        tl.store(record + 4, tl.where(busy, part - _part_of_tile(first_start, divisor, active), 0), mask=here)
+
+
+@dataclass(frozen=True)
+class StepBounds:
+    """What the host knows of a prepared step without asking the device.
+
+    Args:
+        items: the most work items it can have.
+    """
+
+    items: int
+
+
+class DeviceSchedule:
+    """The tables of one schedule and the launch that fills them.
+
+    Args:
+        shape: what does not change from step to step.
+        max_rows: the most rows of a step.
+        device: where the tables lie.
+
+    Attributes:
+        items: [shape.max_items, 8] int32, see `reference.Item`; those past the step's own hold nothing.
+        parts: [shape.parts, 8] int32, see `reference.Part`.
+    """
+
+    def __init__(self, shape: ScheduleShape, max_rows: int, device: torch.device | str) -> None:
+        self.shape = shape
+        self.max_rows = max_rows
+        self.items: Tensor = torch.zeros(shape.max_items, RECORD.value, dtype=torch.int32, device=device)
+        self.parts: Tensor = torch.zeros(shape.parts, RECORD.value, dtype=torch.int32, device=device)
+        self._row_items = torch.zeros(max_rows + 1, dtype=torch.int32, device=device)
+        self._item_starts = torch.zeros(shape.max_items, dtype=torch.int32, device=device)
+
+    @property
+    def size_in_bytes(self) -> int:
+        """Device memory that the tables hold."""
+        return sum(t.nbytes for t in (self.items, self.parts, self._row_items, self._item_starts))
+
+    def launch(self, step: Step) -> StepBounds:
+        """Fill the tables for a step, in one launch; no host-device sync, safe to capture in a graph."""
+        shape, rows = self.shape, step.rows
+        if rows > self.max_rows:
+            raise ValueError(f"the step has {rows} rows, the workspace was made for {self.max_rows}")
+        one_block = 0 < step.max_query <= shape.block
+        items = min(shape.max_items, most_items(rows, shape.max_items * shape.block, shape.block, step.max_query))
+        chunk, steps = launch_sizes(rows, shape.max_items if not one_block else rows, shape.parts)
+        schedule_kernel[(1,)](
+            step.lengths,
+            step.query_starts,
+            self.items,
+            self.parts,
+            self._row_items,
+            self._item_starts,
+            rows,
+            shape.parts,
+            TILE=shape.tile,
+            BLOCK=shape.block,
+            LEFT=shape.left,
+            RIGHT=shape.right,
+            MINIMUM_SHARE=shape.minimum_share,
+            ONE_BLOCK=one_block,
+            STEPS=steps,
+            CHUNK=chunk,
+            num_warps=8,
+        )
+        return StepBounds(items)
+
+
+def launch_sizes(rows: int, items: int, parts: int) -> tuple[int, int]:
+    """How many items or parts the schedule kernel handles together, and the halvings of its searches.
+
+    Few values, so that few variants are compiled: a chunk of 256 or of 1024, and halvings for as many items as the
+    chunk, or for 2^20.
+    """
+    widest = max(rows, items, parts)
+    chunk = 256 if widest <= 256 else MOST_AT_ONCE
+    steps = (chunk - 1).bit_length() if max(rows, items) <= chunk else 20
+    return chunk, steps
