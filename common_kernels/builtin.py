@@ -29,6 +29,7 @@ REFERENCE = KernelProvider(
     requires=("torch",),
     # It waits for the device in every call: right everywhere, fit to serve only where there is no device to wait for.
     automatic_on=("cpu",),
+    graphs=False,
 )
 
 

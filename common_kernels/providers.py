@@ -50,6 +50,7 @@ class KernelProvider:
         load: imports its kernels; called once, when it is first chosen.
         requires: modules that must be importable at run time.
         automatic_on: the targets on which an automatic choice may take it; elsewhere it must be asked for by name.
+        graphs: whether its operations can be captured in a CUDA graph and replayed with other lengths.
     """
 
     name: str
@@ -59,6 +60,7 @@ class KernelProvider:
     load: Callable[[], Kernels]
     requires: tuple[str, ...] = ()
     automatic_on: tuple[str, ...] = ("any",)
+    graphs: bool = True
 
     @cached_property
     def kernels(self) -> Kernels:

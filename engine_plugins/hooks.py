@@ -1,0 +1,65 @@
+"""The hook through which adapters are found, and what an engine's entry point does with one."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import TYPE_CHECKING
+
+import pluggy
+
+from taut.adapters.engine import Selection
+from taut.engine_plugins import logs
+from taut.engine_plugins.settings import settings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from taut.adapters.engine import EngineAdapter
+
+log = logging.getLogger("taut.plugin")
+
+GROUP = "taut"
+hookspec = pluggy.HookspecMarker(GROUP)
+
+
+class HookSpecs:
+    """The hook that a third party may implement to speak to one more engine."""
+
+    @hookspec
+    def taut_engines(self) -> Sequence[EngineAdapter]:
+        """The engines that this plugin can speak to, as data. Import nothing of an engine here."""
+        raise AssertionError("a specification is never called")
+
+
+@cache
+def engines() -> dict[str, EngineAdapter]:
+    """The adapters of this process by the engine's name."""
+    from taut.adapters import sglang, vllm
+
+    plugins = pluggy.PluginManager(GROUP)
+    plugins.add_hookspecs(HookSpecs)
+    plugins.register(vllm)
+    plugins.register(sglang)
+    return {adapter.name: adapter for group in reversed(plugins.hook.taut_engines()) for adapter in group}
+
+
+def load_into(engine: str) -> None:
+    """What an engine's entry point does: read the settings, set up the log, and let the adapter register itself.
+
+    Args:
+        engine: the engine that is loading us.
+
+    Raises:
+        SettingsError: a `TAUT_*` variable is wrong.
+        ProviderError: `TAUT_KERNELS` names no provider.
+    """
+    from taut.common_kernels.providers import registry
+
+    chosen = settings()
+    logs.configure(chosen.log)
+    if chosen.attention == "off":
+        log.info("TAUT_ATTENTION=off: nothing is registered, %s chooses as it would without this package", engine)
+        return
+    registry().check_name(chosen.kernels)
+    engines()[engine].register(Selection(chosen.attention, chosen.kernels, chosen.table))
