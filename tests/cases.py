@@ -1,8 +1,8 @@
 """Random ragged batches with everything poisoned that must not be read, for any provider, device and dtype.
 
 A case is a small dataclass; `build_paged`, `build_ragged` and `build_mla` make its tensors, `Inputs.run` calls a
-provider and checks what every operation promises (all of the output is written, nothing beside it), `Inputs.expected` is
-the answer in float64, written from the contract and sharing no code with the operations.
+provider and checks what every operation promises (all of the output is written, nothing beside it), and
+`Inputs.expected` is the answer in float64, written from the contract and sharing no code with the operations.
 
     case = PagedCase(lengths=(7, 0, 40), queries=(1, 1, 3), q_heads=8, kv_heads=2, dtype="bfloat16")
     inputs = build_paged(case, "cuda:0")
@@ -79,6 +79,10 @@ class PagedCase:
     lse: bool = True
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.scales != "none" and not self.cache_dtype.startswith("float8"):
+            raise ValueError("only a quantised cache has scales")
+
     @property
     def scale(self) -> float:
         """Of the scores."""
@@ -131,6 +135,10 @@ class MlaCase:
     scales: Literal["none", "tensor"] = "none"
     lse: bool = True
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.scales != "none" and not self.cache_dtype.startswith("float8"):
+            raise ValueError("only a quantised cache has a scale")
 
     @property
     def scale(self) -> float:
@@ -271,7 +279,7 @@ def build_paged(case: PagedCase, device: str = "cpu") -> Inputs:
     key_scale, value_scale = (_scales(case.scales, case.kv_heads, generator) for _ in range(2))
     step, places, page_count = _step(case, _unseen(case), generator, device)
 
-    storages, views = _cache_storage(case, page_count, cache_dtype)
+    storages, views = cache_storage(case, page_count, cache_dtype)
     key_cache, value_cache = views(storages)
     keys, values = [], []
     for row_places in places:
@@ -556,7 +564,7 @@ def _step(
     return step, places, page_count
 
 
-def _cache_storage(
+def cache_storage(
     case: PagedCase, pages: int, dtype: torch.dtype
 ) -> tuple[list[Tensor], Callable[[list[Tensor]], tuple[Tensor, Tensor]]]:
     """Poisoned storage in the case's layout, and how keys and values are seen in it."""
