@@ -1,8 +1,8 @@
 """Who provides kernels, and the choice among them.
 
 Providers are found through pluggy: the package's own ones and any installed package with an entry point in the group
-`taut`. Each describes itself as data (`KernelProvider`), its kernels are imported only once it has been chosen. A choice
-is made once per problem and keeps the reasons against every other provider, so that it can be printed.
+`taut`. Each describes itself as data (`KernelProvider`), its kernels are imported only once it has been chosen. A
+choice is made once per problem and keeps the reasons against every other provider, so that it can be printed.
 
 A provider of your own, in a package of its own:
 
@@ -19,15 +19,20 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 import pluggy
 
+from taut.common_kernels.problem import target_matches
+
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from importlib.metadata import EntryPoint
+
     from taut.common_kernels.kernels import Kernels
     from taut.common_kernels.problem import Capability, Problem
 
@@ -49,7 +54,8 @@ class KernelProvider:
         capabilities: what it can do; an operation may stand there several times.
         load: imports its kernels; called once, when it is first chosen.
         requires: modules that must be importable at run time.
-        automatic_on: the targets on which an automatic choice may take it; elsewhere it must be asked for by name.
+        automatic_on: the targets on which an automatic choice may take it, patterns as in `Capability.targets`;
+            elsewhere it must be asked for by name.
         graphs: whether its operations can be captured in a CUDA graph and replayed with other lengths.
     """
 
@@ -69,9 +75,10 @@ class KernelProvider:
 
     def refusals(self, problem: Problem) -> list[str]:
         """Every reason why this provider cannot serve `problem`, as sentences; empty when it can."""
-        missing = [module for module in self.requires if importlib.util.find_spec(module) is None]
+        missing = [module for module in self.requires if not _importable(module)]
         if missing:
-            return [f"needs {' and '.join(missing)}, which this environment lacks: pip install {' '.join(missing)}"]
+            packages = " ".join(dict.fromkeys(module.partition(".")[0] for module in missing))
+            return [f"needs {' and '.join(missing)}, which this environment lacks: pip install {packages}"]
         per_capability = [c.refusals(problem) for c in self.capabilities if c.operation == problem.operation]
         if not per_capability:
             return [f"does not provide {problem.operation}"]
@@ -87,7 +94,11 @@ class HookSpecs:
         raise AssertionError("a specification is never called")
 
     @hookspec(firstresult=True)
-    def taut_choose(self, problem: Problem, candidates: Sequence[KernelProvider]) -> KernelProvider | None:
+    def taut_choose(
+        self,
+        problem: Problem,  # noqa: ARG002
+        candidates: Sequence[KernelProvider],  # noqa: ARG002
+    ) -> KernelProvider | None:
         """Decide an automatic choice: one of `candidates` (best first, all of them can serve), or None to leave it."""
         raise AssertionError("a specification is never called")
 
@@ -123,7 +134,8 @@ class Registry:
 
     Args:
         plugins: pluggy's manager; `default_registry` makes the usual one.
-        failures: entry points that did not load, by name, with the error in words.
+        failures: plugins that did not load or could not say what they provide, by the name of their entry point,
+            with the error in words.
     """
 
     plugins: pluggy.PluginManager
@@ -135,7 +147,8 @@ class Registry:
     def providers(self) -> tuple[KernelProvider, ...]:
         """Every provider, the highest priority first."""
         found: dict[str, KernelProvider] = {}
-        for provider in (p for group in self.plugins.hook.taut_kernels() for p in group):
+        plugins = {name: plugin for name, plugin in self.plugins.list_name_plugin() if plugin is not None}
+        for provider in (p for name in plugins for p in self._providers_of(name, plugins)):
             if provider.name in found:
                 raise ProviderError(
                     f"two kernel providers are named {provider.name!r}: "
@@ -143,6 +156,28 @@ class Registry:
                 )
             found[provider.name] = provider
         return tuple(sorted(found.values(), key=lambda p: (-p.priority, p.name)))
+
+    def _providers_of(self, name: str, plugins: Mapping[str, object]) -> list[KernelProvider]:
+        """What one plugin provides; nothing, aloud, if it cannot say, so that one bad package does not end the rest."""
+        others = [plugin for plugin in plugins.values() if plugin is not plugins[name]]
+        try:
+            found = [p for group in self.plugins.subset_hook_caller("taut_kernels", others)() for p in group]
+            for provider in found:
+                if not isinstance(provider, KernelProvider):
+                    raise TypeError(f"taut_kernels gave {provider!r}, not a KernelProvider")
+                if provider.name == "auto":
+                    raise ValueError("no provider can be named 'auto'")
+        except Exception as error:  # a stranger's code, as in `default_registry`
+            self.fail(name, getattr(plugins[name], "__name__", repr(plugins[name])), error)
+            return []
+        return found
+
+    def fail(self, name: str, value: str, error: Exception) -> None:
+        """Tell that a plugin is of no use, remember why, and take it out."""
+        if self.plugins.has_plugin(name):
+            self.plugins.unregister(name=name)
+        self.failures[name] = f"{type(error).__name__}: {error}"
+        log.error("the kernel provider %s (%s) did not load; others serve", name, value, exc_info=error)
 
     def check_name(self, wanted: str) -> None:
         """Raise `ProviderError` with the nearest right spelling unless `wanted` is "auto" or a provider's name."""
@@ -153,7 +188,10 @@ class Registry:
             raise ProviderError(f"TAUT_KERNELS={wanted}: its entry point did not load: {self.failures[wanted]}")
         near = difflib.get_close_matches(wanted, names, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ProviderError(f"TAUT_KERNELS={wanted} names no kernel provider: {hint}There are {', '.join(names)}")
+        failed = f". Entry points that did not load: {', '.join(self.failures)}" if self.failures else ""
+        raise ProviderError(
+            f"TAUT_KERNELS={wanted} names no kernel provider: {hint}There are {', '.join(names)}{failed}"
+        )
 
     def choose(self, problem: Problem, wanted: str = "auto") -> Choice:
         """The provider that serves `problem`, chosen once and remembered.
@@ -192,34 +230,57 @@ class Registry:
         if not able:
             raise ProviderError(_nobody(problem, wanted, reasons))
         chosen = able[0]
-        if wanted == "auto" and len(able) > 1:
-            chosen = self.plugins.hook.taut_choose(problem=problem, candidates=tuple(able)) or able[0]
-            reasons |= {p.name: (f"{chosen.name} comes first",) for p in able if p is not chosen}
+        if wanted == "auto":
+            refused = dict(reasons)
+            if len(able) > 1:
+                chosen, why = self._decide(problem, able)
+                reasons |= {p.name: (why,) for p in able if p != chosen}
+            self._say_once(problem, chosen, refused)
         choice = Choice(problem, chosen, reasons)
-        self._say_once(choice)
+        log.debug(choice.explain())
         return choice
 
-    def _say_once(self, choice: Choice) -> None:
+    def _decide(self, problem: Problem, able: Sequence[KernelProvider]) -> tuple[KernelProvider, str]:
+        """Of several that can serve the one that does, and what is to be said of the others."""
+        chosen = self.plugins.hook.taut_choose(problem=problem, candidates=tuple(able))
+        if chosen is None:
+            return able[0], f"{able[0].name} comes first"
+        if chosen not in able:
+            raise ProviderError(
+                f"a taut_choose hook took {getattr(chosen, 'name', chosen)!r} for {problem}, "
+                f"which is not among its candidates {', '.join(p.name for p in able)}"
+            )
+        return chosen, f"a taut_choose hook took {chosen.name}"
+
+    def _say_once(self, problem: Problem, chosen: KernelProvider, refused: Mapping[str, tuple[str, ...]]) -> None:
         """Tell which better-ranked providers could not serve, once per provider and reason."""
         for provider in self.providers:
-            if provider.priority <= choice.provider.priority or provider.name not in choice.reasons:
+            if provider.priority <= chosen.priority or provider.name not in refused:
                 continue
             line = (
-                f"{choice.problem.operation}: {choice.provider.name} serves instead of {provider.name}, "
-                f"which {'; '.join(choice.reasons[provider.name])}"
+                f"{problem.operation}: {chosen.name} serves instead of {provider.name} "
+                f"({'; '.join(refused[provider.name])})"
             )
             if line not in self._said:
                 self._said.add(line)
                 log.info(line)
-        log.debug(choice.explain())
+
+
+def _importable(module: str) -> bool:
+    if sys.modules.get(module) is not None:
+        return True
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):  # a parent is missing, or is no package
+        return False
 
 
 def _automatic(provider: KernelProvider, target: str) -> bool:
-    return "any" in provider.automatic_on or target in provider.automatic_on
+    return any(target_matches(pattern, target) for pattern in provider.automatic_on)
 
 
 def _nobody(problem: Problem, wanted: str, reasons: Mapping[str, Iterable[str]]) -> str:
-    asked = [f"{name} {'; '.join(against)}" for name, against in reasons.items() if wanted in ("auto", name)]
+    asked = [f"{name}: {'; '.join(against)}" for name, against in reasons.items() if wanted in ("auto", name)]
     advice = "Set TAUT_KERNELS=auto to let another provider serve" if wanted != "auto" else "Set TAUT_ATTENTION=auto"
     return (
         f"no kernels for {problem}. "
@@ -242,14 +303,21 @@ def default_registry(points: Iterable[EntryPoint] | None = None) -> Registry:
     plugins.register(builtin, name="taut")
     registry = Registry(plugins)
     for point in entry_points(group=GROUP) if points is None else points:
+        # Whatever a stranger's module raises must be told, not die in here.
         try:
-            plugins.register(point.load(), name=point.name)
+            plugin = point.load()
+        except Exception as error:
+            registry.fail(point.name, point.value, error)
+            continue
+        if plugins.has_plugin(point.name):
+            log.error("the kernel provider %s (%s) was left out: the name is taken", point.name, point.value)
+            registry.failures[point.name] = f"{point.value}: another entry point of this name came first"
+            continue
+        try:
+            plugins.register(plugin, name=point.name)
             plugins.check_pending()
-        except Exception as error:  # whatever a stranger's module raises must be told, not die in here
-            if plugins.has_plugin(point.name):
-                plugins.unregister(name=point.name)
-            registry.failures[point.name] = f"{type(error).__name__}: {error}"
-            log.exception("the kernel provider %s (%s) did not load; others serve", point.name, point.value)
+        except Exception as error:
+            registry.fail(point.name, point.value, error)
     return registry
 
 
