@@ -1,0 +1,204 @@
+"""Few queries on many keys: the parts of a schedule, each with an equal share of the step's tiles of keys.
+
+The query heads that share a key-value head stand together, one below another, so that every key is read once. A program
+goes through its part's work items; an item that lies in one part is written to the output, and of one that is split each part
+leaves its partial output and LSE in scratch, for `merge`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from taut.common_kernels.paged_attention.triton_softmax import (
+    LOG2E,
+    LOWEST,
+    add_sinks,
+    attend_tiles,
+    lse_of,
+    query_range,
+    scale_of_scores,
+    sees_any,
+)
+from taut.common_kernels.schedule.triton_kernel import load_item, load_part, tiles_of
+
+
+@triton.jit(do_not_specialize=["tokens", "rows"])
+def decode_kernel(
+    query: tl.tensor,  # [T, Hq, D]
+    key: tl.tensor,  # [N, P, Hk, D]
+    value: tl.tensor,  # [N, P, Hk, V]
+    out: tl.tensor,  # [T, Hq, V]
+    lse: tl.tensor,  # [T, Hq] or None
+    partials: tl.tensor,  # [partials, QUERIES, Hq, V] float32
+    partial_lses: tl.tensor,  # [partials, QUERIES, Hq] float32
+    key_scale: tl.tensor,  # [1] or [Hk], or None
+    value_scale: tl.tensor,
+    sinks: tl.tensor,  # [Hq] or None
+    slopes: tl.tensor,  # [Hq] or None
+    items: tl.tensor,  # the schedule
+    parts: tl.tensor,
+    query_starts: tl.tensor,  # [R + 1]
+    lengths: tl.tensor,  # [R]
+    table: tl.tensor,  # [*, pages]
+    table_rows: tl.tensor,  # [R], or None
+    tokens: tl.tensor,
+    rows: tl.tensor,
+    scale: tl.tensor,
+    soft_cap: tl.tensor,
+    left: tl.tensor,
+    right: tl.tensor,
+    query_token_stride: tl.tensor,
+    query_head_stride: tl.tensor,
+    query_stride: tl.tensor,
+    key_page_stride: tl.tensor,
+    key_token_stride: tl.tensor,
+    key_head_stride: tl.tensor,
+    key_stride: tl.tensor,
+    value_page_stride: tl.tensor,
+    value_token_stride: tl.tensor,
+    value_head_stride: tl.tensor,
+    value_stride: tl.tensor,
+    out_token_stride: tl.tensor,
+    out_head_stride: tl.tensor,
+    out_stride: tl.tensor,
+    lse_token_stride: tl.tensor,
+    lse_head_stride: tl.tensor,
+    table_stride: tl.tensor,
+    Q_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,  # query heads of one key-value head
+    PACK: tl.constexpr,  # of them, how many share a program
+    QUERIES: tl.constexpr,  # the most queries of an item
+    PADDING: tl.constexpr,  # whether queries past the last row are written here
+    KEY_HEAD_SCALES: tl.constexpr,  # whether there is a scale for each head
+    VALUE_HEAD_SCALES: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFT_CAP: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    SAME_STRIDES: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # at least QUERIES * PACK
+    BLOCK_N: tl.constexpr,
+    HEAD_MAIN: tl.constexpr,
+    HEAD_TAIL: tl.constexpr,
+    VALUE_MAIN: tl.constexpr,
+    VALUE_TAIL: tl.constexpr,
+    FLOAT8: tl.constexpr,  # whether the cache holds e4m3, given as bytes
+    NATIVE_FLOAT8: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:
+    PACKS: tl.constexpr = (GROUP + PACK - 1) // PACK
+    VALUE_SIZE: tl.constexpr = VALUE_MAIN + VALUE_TAIL
+    kv_head = tl.program_id(0) // PACKS
+    part = tl.program_id(1)
+    first_item, first_tile, last_item, end_tile, first_split = load_part(parts, part)
+
+    lanes = tl.arange(0, BLOCK_M)
+    lane_query = lanes // PACK
+    group_heads = (tl.program_id(0) % PACKS) * PACK + lanes % PACK
+    heads = kv_head * GROUP + group_heads
+    ours = (lane_query < QUERIES) & (group_heads < GROUP)
+    columns = tl.arange(0, HEAD_MAIN)
+    value_range = tl.arange(0, VALUE_MAIN)
+    key_head = key + kv_head.to(tl.int64) * key_head_stride
+    value_head = value + kv_head.to(tl.int64) * value_head_stride
+    key_columns = key_head + columns * key_stride
+    value_columns = value_head + value_range * value_stride
+    key_tail_columns = key_columns
+    value_tail_columns = value_columns
+    if HEAD_TAIL:
+        tail = HEAD_MAIN + tl.arange(0, HEAD_TAIL)
+        key_tail_columns = key_head + tail * key_stride
+    if VALUE_TAIL:
+        value_tail_range = VALUE_MAIN + tl.arange(0, VALUE_TAIL)
+        value_tail_columns = value_head + value_tail_range * value_stride
+    score_scale = scale_of_scores(scale, key_scale, soft_cap, kv_head if KEY_HEAD_SCALES else 0, HAS_SOFT_CAP)
+    row_slopes = tl.zeros([BLOCK_M], tl.float32)
+    if slopes is not None:
+        row_slopes = tl.load(slopes + heads, mask=ours, other=0.0) * LOG2E
+
+    for item in range(first_item, last_item + 1):
+        row, first_query, queries, first_position, first_key, end_key, splits, first_partial = load_item(items, item)
+        length = tl.load(lengths + row)
+        if table_rows is None:
+            table_row = table + row.to(tl.int64) * table_stride
+        else:
+            table_row = table + tl.load(table_rows + row).to(tl.int64) * table_stride
+        begin = tl.where(item == first_item, first_tile, 0)
+        end = tl.where(item == last_item, end_tile, tiles_of(queries, first_key, end_key, BLOCK_N))
+        here = ours & (lane_query < queries)
+        positions = first_position + lane_query
+        query_tokens = (first_query + lane_query).to(tl.int64)
+
+        query_rows = query + query_tokens * query_token_stride + heads * query_head_stride
+        q = tl.load(query_rows[:, None] + columns[None, :] * query_stride, mask=here[:, None], other=0.0)
+        q_tail = q
+        if HEAD_TAIL:
+            q_tail = tl.load(query_rows[:, None] + tail[None, :] * query_stride, mask=here[:, None], other=0.0)
+        acc = tl.zeros([BLOCK_M, VALUE_MAIN], tl.float32)
+        acc_tail = acc
+        if VALUE_TAIL:
+            acc_tail = tl.zeros([BLOCK_M, VALUE_TAIL], tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        top = tl.full([BLOCK_M], LOWEST, tl.float32)
+
+        # The schedule may serve layers with other windows: what this mask does not see is left out here.
+        first_seen, end_seen, _, _ = query_range(
+            first_position, queries, length, left, right, CAUSAL, HAS_LEFT, HAS_RIGHT
+        )
+        # All tiles are masked: it costs little beside reading them, and one loop keeps the loads flowing.
+        acc, acc_tail, total, top = attend_tiles(
+            acc, acc_tail, total, top, q, q_tail, key_columns, key_tail_columns, value_columns, value_tail_columns,
+            table_row, key_page_stride, key_token_stride, value_page_stride, value_token_stride,
+            tl.maximum(first_key + begin * BLOCK_N, first_seen // BLOCK_N * BLOCK_N),
+            tl.minimum(first_key + end * BLOCK_N, end_seen),
+            first_seen, end_seen, positions, row_slopes, left, right, score_scale, soft_cap * LOG2E,
+            True, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, slopes is not None, True, PAGE_SIZE, SAME_STRIDES, BLOCK_N,
+            HEAD_TAIL, VALUE_TAIL, FLOAT8, NATIVE_FLOAT8, PRECISION, STAGES,
+        )  # fmt: skip
+
+        factor = tl.full([BLOCK_M], 1.0, tl.float32)
+        if sinks is not None:
+            sink_scores = tl.load(sinks + heads, mask=ours, other=0.0).to(tl.float32)
+            sees = sees_any(positions, length, left, right, CAUSAL, HAS_LEFT, HAS_RIGHT)
+            total, top, factor = add_sinks(total, top, sink_scores, sees & (begin == 0))
+        factor = tl.where(total > 0.0, factor / tl.where(total > 0.0, total, 1.0), 0.0)
+        if value_scale is not None:
+            factor *= tl.load(value_scale + (kv_head if VALUE_HEAD_SCALES else 0))
+        acc *= factor[:, None]
+        if VALUE_TAIL:
+            acc_tail *= factor[:, None]
+        if splits > 1:
+            partial = (first_partial + tl.where(item == first_item, first_split, 0)).to(tl.int64)
+            places = (partial * QUERIES + lane_query) * Q_HEADS + heads
+            partial_rows = partials + places * VALUE_SIZE
+            tl.store(partial_rows[:, None] + value_range[None, :], acc, mask=here[:, None])
+            if VALUE_TAIL:
+                tl.store(partial_rows[:, None] + value_tail_range[None, :], acc_tail, mask=here[:, None])
+            tl.store(partial_lses + places, lse_of(total, top), mask=here)
+        else:
+            out_rows = out + query_tokens * out_token_stride + heads * out_head_stride
+            out_pointers = out_rows[:, None] + value_range[None, :] * out_stride
+            tl.store(out_pointers, acc.to(out.dtype.element_ty), mask=here[:, None])
+            if VALUE_TAIL:
+                out_pointers = out_rows[:, None] + value_tail_range[None, :] * out_stride
+                tl.store(out_pointers, acc_tail.to(out.dtype.element_ty), mask=here[:, None])
+            if lse is not None:
+                lses = lse + query_tokens * lse_token_stride + heads * lse_head_stride
+                tl.store(lses, lse_of(total, top), mask=here)
+
+    if PADDING:
+        # Queries past the last row belong to no item: the parts share them out.
+        for token in range(tl.load(query_starts + rows) + part, tokens, tl.num_programs(1)):
+            pad = ours & (lane_query == 0)
+            pad_rows = out + tl.cast(token, tl.int64) * out_token_stride + heads * out_head_stride
+            nothing = tl.zeros([BLOCK_M, VALUE_MAIN], out.dtype.element_ty)
+            tl.store(pad_rows[:, None] + value_range[None, :] * out_stride, nothing, mask=pad[:, None])
+            if VALUE_TAIL:
+                nothing = tl.zeros([BLOCK_M, VALUE_TAIL], out.dtype.element_ty)
+                tl.store(pad_rows[:, None] + value_tail_range[None, :] * out_stride, nothing, mask=pad[:, None])
+            if lse is not None:
+                lses = lse + tl.cast(token, tl.int64) * lse_token_stride + heads * lse_head_stride
+                tl.store(lses, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=pad)
