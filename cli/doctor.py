@@ -35,6 +35,8 @@ from taut.engine_plugins.hooks import engines
 from taut.engine_plugins.settings import PREFIX, Settings, SettingsError, read_settings, variable
 
 if TYPE_CHECKING:
+    from pluggy import HookImpl
+
     from taut.adapters.engine import EngineAdapter
 
 Level = Literal["ok", "note", "wrong"]
@@ -389,13 +391,21 @@ def _providers(report: Report, kernels: Registry) -> None:
         advice = "update or uninstall its package; the other providers serve"
         report.add("wrong", "providers", f"the {origin(plugin)} did not load: {failure}", advice)
     for hook in reversed(kernels.plugins.hook.taut_kernels.get_hookimpls()):
-        try:
-            brought = cast("Sequence[KernelProvider]", hook.function())
-            report.providers += [_provider(p, origin(hook.plugin_name)) for p in brought]
-        except Exception as error:  # a stranger's code
-            says = f"the {origin(hook.plugin_name)} failed when asked what it provides: {type(error).__name__}: {error}"
+        where = origin(hook.plugin_name)
+        brought, failure = _brought_by(hook)
+        report.providers += [_provider(provider, where) for provider in brought]
+        if failure:
+            says = f"the {where} failed when asked what it provides: {failure}"
             report.add("wrong", "providers", says, "update or uninstall its package: no kernels are found with it")
     report.providers.sort(key=lambda provider: (-provider.priority, provider.name))
+
+
+def _brought_by(hook: HookImpl) -> tuple[Sequence[KernelProvider], str]:
+    """What a plugin provides, or why it does not say."""
+    try:
+        return list(cast("Sequence[KernelProvider]", hook.function())), ""
+    except Exception as error:  # a stranger's code
+        return (), f"{type(error).__name__}: {error}"
 
 
 def _provider(provider: KernelProvider, origin: str) -> Provider:
@@ -458,9 +468,10 @@ def _model(
         return
     asked = [_asked(kernels, problem, settings.kernels) for problem in problems]
     kind: Literal["dense", "MLA"] = "MLA" if is_mla(config) else "dense"
-    unserved = [f"no kernels for {one.problem.operation} on {target}" for one in asked if one.provider is None]
+    lacking = list(dict.fromkeys(one.problem.operation for one in asked if one.provider is None))
+    unserved = [f"no kernels for {', '.join(lacking)} on {target}"] if lacking else []
     outcomes = {
-        name: _outcomes(adapter, kind, list(dict.fromkeys(unserved)))
+        name: _outcomes(adapter, kind, unserved)
         for name, adapter in adapters.items()
         if len(adapters) == 1 or any(engine.name == name and engine.version for engine in report.engines)
     }
