@@ -33,6 +33,8 @@ class ScheduleShape:
         right: how far ahead it sees, 0 where causal; -1 for all. A schedule that sees more than the mask is right too:
             the kernel masks.
         minimum_share: tiles; a part gets no fewer while others have none.
+        longest: rows with more queries than this get no items, since another kernel serves them; 0 for no bound,
+            and otherwise no less than `block`.
     """
 
     parts: int
@@ -42,6 +44,7 @@ class ScheduleShape:
     left: int = -1
     right: int = -1
     minimum_share: int = 1
+    longest: int = 0
 
 
 class Item(NamedTuple):
@@ -156,6 +159,7 @@ def schedule(shape: ScheduleShape, lengths: Sequence[int], query_starts: Sequenc
     items = [
         _item(shape, row, length, query_starts[row + 1], first)
         for row, length in enumerate(lengths)
+        if not 0 < shape.longest < query_starts[row + 1] - query_starts[row]
         for first in range(query_starts[row], max(query_starts[row + 1], query_starts[row] + 1), shape.block)
     ]
     starts = [0]

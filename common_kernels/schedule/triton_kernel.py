@@ -6,7 +6,6 @@ read them with `load_part` and `load_item`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -123,6 +122,7 @@ def schedule_kernel(
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     MINIMUM_SHARE: tl.constexpr,
+    LONGEST: tl.constexpr,  # longer rows get no items; 0 for no bound, and never below BLOCK
     ONE_BLOCK: tl.constexpr,  # no row has more queries than an item: items are rows
     STEPS: tl.constexpr,  # halvings that reduce the number of items, or of rows, to one
     CHUNK: tl.constexpr,
@@ -139,6 +139,8 @@ def schedule_kernel(
                 query_starts + row, mask=here, other=0
             )
             blocks = tl.where(here, tl.maximum(tl.cdiv(queries, BLOCK), 1), 0)
+            if LONGEST > 0:
+                blocks = tl.where(queries > LONGEST, 0, blocks)
             tl.store(row_items + row, item_count + tl.cumsum(blocks) - blocks, mask=here)
             item_count += tl.sum(blocks)
         tl.debug_barrier()  # the program's other threads read row_items
@@ -210,17 +212,6 @@ def schedule_kernel(
         tl.store(record + 4, tl.where(busy, part - _part_of_tile(first_start, divisor, active), 0), mask=here)
 
 
-@dataclass(frozen=True)
-class StepBounds:
-    """What the host knows of a prepared step without asking the device.
-
-    Args:
-        items: the most work items it can have.
-    """
-
-    items: int
-
-
 class DeviceSchedule:
     """The tables of one schedule and the launch that fills them.
 
@@ -247,8 +238,12 @@ class DeviceSchedule:
         """Device memory that the tables hold."""
         return sum(t.nbytes for t in (self.items, self.parts, self._row_items, self._item_starts))
 
-    def launch(self, step: Step) -> StepBounds:
-        """Fill the tables for a step, in one launch; no host-device sync, safe to capture in a graph."""
+    def launch(self, step: Step) -> int:
+        """Fill the tables for a step, in one launch; no host-device sync, safe to capture in a graph.
+
+        Returns:
+            The most work items that this step can have, by what the host knows of it.
+        """
         shape, rows = self.shape, step.rows
         if rows > self.max_rows:
             raise ValueError(f"the step has {rows} rows, the workspace was made for {self.max_rows}")
@@ -269,12 +264,13 @@ class DeviceSchedule:
             LEFT=shape.left,
             RIGHT=shape.right,
             MINIMUM_SHARE=shape.minimum_share,
+            LONGEST=shape.longest,
             ONE_BLOCK=one_block,
             STEPS=steps,
             CHUNK=chunk,
             num_warps=8,
         )
-        return StepBounds(items)
+        return items
 
 
 def launch_sizes(rows: int, items: int, parts: int) -> tuple[int, int]:

@@ -1,0 +1,41 @@
+"""The provider `triton`: one source for NVIDIA (sm_80 and later) and AMD (CDNA3 and later) GPUs.
+
+Its kernels also run on a CPU under Triton's interpreter (TRITON_INTERPRET=1): so they are tested without a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from taut.common_kernels.merge.triton_kernel import merge
+from taut.common_kernels.mla_decode import triton_kernel as mla
+from taut.common_kernels.mla_decode.triton_kernel import mla_decode
+from taut.common_kernels.paged_attention import triton_kernel as paged
+from taut.common_kernels.paged_attention.triton_kernel import paged_attention, ragged_attention
+from taut.common_kernels.reference import NoWorkspace
+from taut.common_kernels.store_kv.triton_kernel import store_kv, store_mla_kv
+
+if TYPE_CHECKING:
+    from taut.common_kernels.kernels import Workspace
+    from taut.common_kernels.problem import Problem
+
+__all__ = [
+    "merge",
+    "mla_decode",
+    "paged_attention",
+    "ragged_attention",
+    "store_kv",
+    "store_mla_kv",
+    "workspace",
+]
+
+
+def workspace(
+    problem: Problem, max_rows: int, max_tokens: int, device: str, table_path: str | None = None
+) -> Workspace:
+    """See `Kernels.workspace`. `table_path` names a tile table to use instead of the built-in ones."""
+    if problem.operation == "mla_decode":
+        return mla.workspace(problem, max_rows, max_tokens, device, table_path)
+    if problem.operation == "paged_attention":
+        return paged.workspace(problem, max_rows, max_tokens, device, table_path)
+    return NoWorkspace()

@@ -1,0 +1,77 @@
+"""`mla_decode` of the provider `triton` against the contract's words: ragged, poisoned, both forms of the products."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from cases import MlaCase, assert_close, build_mla
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import mla_cases
+
+from taut.common_kernels import portable
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+FORMS = {"plain": 0, "transposed": 1}
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The provider with a tile table of its own for either form; small tiles, so that rows are split."""
+    folder: Path = tmp_path_factory.mktemp("tables")
+    made = {}
+    for name, transposed in FORMS.items():
+        tile = {"keys": 16, "rows": 16, "transposed": transposed, "warps": 4, "stages": 1, "programs": 2, "share": 1}
+        path = folder / f"{name}.json"
+        table = {"about": "", "vendor": "nvidia", "targets": [], "shared_memory": 0}
+        path.write_text(json.dumps(table | {"operations": {"mla_decode": [{"when": {}, "tile": tile}]}}))
+        made[name] = SimpleNamespace(
+            workspace=partial(portable.workspace, table_path=str(path)), mla_decode=portable.mla_decode
+        )
+    return made
+
+
+@given(mla_cases(), st.sampled_from(tuple(FORMS)), st.sampled_from(("float32", "float16")))
+@settings(max_examples=40)
+def test_contract(forms: dict[str, Any], case: MlaCase, form: str, dtype: str) -> None:
+    inputs = build_mla(replace(case, dtype=dtype))
+    assert_close(inputs.run(forms[form]), inputs.expected(), dtype)
+
+
+@given(mla_cases(cache_dtype="float8_e4m3fn"), st.sampled_from(tuple(FORMS)), st.sampled_from(("none", "tensor")))
+@settings(max_examples=10)
+def test_float8_caches(forms: dict[str, Any], case: MlaCase, form: str, scales: str) -> None:
+    case = replace(case, scales=scales)  # type: ignore[arg-type]
+    inputs = build_mla(case)
+    assert_close(inputs.run(forms[form]), inputs.expected(), case.dtype)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("heads", [1, 5, 20, 40])
+def test_head_counts_and_several_queries(forms: dict[str, Any], form: str, heads: int) -> None:
+    """More heads than a tile has rows, fewer, and queries of one row that share a tile."""
+    case = MlaCase(
+        lengths=(40, 3, 0, 129, 1),
+        queries=(2, 8, 1, 1, 3),
+        q_heads=heads,
+        padded_rows=1,
+        padded_queries=2,
+        page_size=7,
+        indirect=True,
+    )
+    inputs = build_mla(case)
+    assert_close(inputs.run(forms[form]), inputs.expected(), case.dtype)
+
+
+def test_the_published_shape(forms: dict[str, Any]) -> None:
+    """Latent 512 and rope 64, with the table's own tiles."""
+    case = MlaCase(lengths=(70, 0, 5), queries=(1, 1, 1), q_heads=16, latent=512, rope=64, page_size=64)
+    inputs = build_mla(case)
+    assert_close(inputs.run(portable), inputs.expected(), case.dtype)
