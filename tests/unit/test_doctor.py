@@ -297,6 +297,14 @@ def test_providers_and_what_each_can_do() -> None:
         assert part in shown
 
 
+def test_a_provider_that_lacks_what_it_needs_has_no_kernels() -> None:
+    lacking = provider("lacking", requires=("no_such_module",))
+    report = look(kernels=registry_of(lacking), model=LLAMA)
+    assert any("there are no kernels for cpu" in line for line in notes(report))
+    assert report.model is not None
+    assert "needs no_such_module" in report.model.asked[0].reasons["lacking"][0]
+
+
 def test_the_built_in_ones_say_so() -> None:
     (reference,) = [p for p in look().providers if p.name == "reference"]
     assert reference.origin == "built in"
@@ -314,13 +322,21 @@ def test_two_providers_of_one_name_are_wrong() -> None:
     )
 
 
+WHEN_ASKED = """
+from taut.common_kernels.providers import hookimpl
+
+@hookimpl
+def taut_kernels():
+    raise OSError("full moon")
+"""
+
+
 @pytest.mark.parametrize(
     ("source", "says"),
     [
         ("raise ImportError('needs a moon')", "did not load: ImportError: needs a moon"),
         (
-            "from taut.common_kernels.providers import hookimpl\n"
-            "@hookimpl\ndef taut_kernels():\n    raise OSError('full moon')",
+            WHEN_ASKED,
             "failed when asked what it provides: OSError: full moon",
         ),
     ],

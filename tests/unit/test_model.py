@@ -206,7 +206,8 @@ def test_gemma_alternates(config: dict[str, Any], always: set[str]) -> None:
 def test_a_nested_config_is_that_of_the_language_model() -> None:
     full, windowed = attention(GEMMA3_4B)
     assert shape(full) == shape(windowed) == (8, 4, 256, 256)
-    assert full.dtype == "bfloat16"  # said by the whole only
+    (full, _) = attention({**GEMMA3_4B, "torch_dtype": "float16"})
+    assert full.dtype == "float16"  # said by the whole only
 
 
 def test_mistral_is_windowed_throughout() -> None:
@@ -224,6 +225,7 @@ def test_deepseek_v3() -> None:
     found = problems(DEEPSEEK_V3, tensor_parallel=8)
     by_operation = {problem.operation: problem for problem in found}
     assert shape(by_operation["mla_decode"]) == (16, 1, 576, 512)
+    assert (by_operation["mla_decode"].max_query, by_operation["mla_decode"].page_size) == (1, 16)
     assert shape(by_operation["store_mla_kv"]) == (16, 1, 576, 512)
     ragged = [problem for problem in found if problem.operation == "ragged_attention"]
     assert {shape(problem) for problem in ragged} == {(16, 16, 192, 128)}
