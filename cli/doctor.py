@@ -238,7 +238,8 @@ def _engines(report: Report, adapters: Sequence[EngineAdapter], environment: Map
     if not any(engine.version for engine in report.engines):
         names = " or ".join(adapter.distributions[0] for adapter in adapters)
         advice = f"install {names} into this environment, or install {DISTRIBUTION} into that of your engine"
-        report.add("wrong", "engine", f"{names} is not installed beside taut", advice)
+        says = f"{names} is not installed" if len(adapters) == 1 else "no engine is installed"
+        report.add("wrong", "engine", f"{says} beside taut", advice)
 
 
 def _engine(report: Report, adapter: EngineAdapter, environment: Mapping[str, str]) -> Engine:

@@ -127,8 +127,8 @@ def test_nothing_is_wrong() -> None:
 def test_no_engine_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     adapters(monkeypatch, absent(VLLM), absent(SGLANG))
     (line,) = wrong(look())
-    assert "is not installed beside taut" in line
-    assert "install" in line
+    assert "no engine is installed beside taut" in line
+    assert "install no-such-engine" in line
 
 
 def test_the_engine_that_was_asked_for_is_missing() -> None:
