@@ -99,13 +99,13 @@ def test_store_mla_kv(cache_dtype: str, scale: torch.Tensor | None) -> None:
     assert numbers.isnan().all()
 
 
-def test_float8_saturates() -> None:
-    """A number beyond float8 becomes the largest one; torch's own cast would make NaN of it."""
-    cache = torch.zeros(1, 1, 1, 2, dtype=torch.float8_e4m3fn)
-    values = torch.zeros(1, 1, 1, 2, dtype=torch.float8_e4m3fn)
+@pytest.mark.parametrize(("cache_dtype", "largest"), [("float8_e4m3fn", 448.0), ("float8_e5m2", 57344.0)])
+def test_float8_saturates(cache_dtype: str, largest: float) -> None:
+    """A number beyond float8 becomes the largest one; torch's own cast makes infinity or NaN of some of them."""
+    cache, values = torch.zeros(2, 1, 1, 1, 2, dtype=getattr(torch, cache_dtype))
     key = torch.tensor([[[1e6, -1e6]]])
     reference.store_kv(key, key, cache, values, torch.tensor([0]))
-    assert cache.float().flatten().tolist() == [448.0, -448.0]
+    assert cache.float().flatten().tolist() == values.float().flatten().tolist() == [largest, -largest]
 
 
 @pytest.mark.parametrize("cache_dtype", DTYPES)
