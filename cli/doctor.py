@@ -699,6 +699,7 @@ def command(
     gpus, engines, providers (with their capabilities), settings, model (null without --model), and findings (level: ok,
     note or wrong; about; says; advice).
     """
+    logging.getLogger("taut").addHandler(logging.NullHandler())  # what would be logged stands among the findings
     config = None if model is None else read_model(model)
     report = collect(engine=engine, model=config, target=target)
     if as_data:

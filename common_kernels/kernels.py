@@ -7,7 +7,9 @@ All of them write into tensors of the caller and return nothing. Common rules:
 * Unused slots of the cache and entries of the page table past a row's length are never used: they may hold NaN or
   huge numbers.
 * Queries past `query_starts[R]` (padding at the end of a batch) get zeros and -inf, as rows without work do.
-* LSE is the natural logarithm of the sum of exponentiated, scaled and masked scores; float32; -inf where nothing is seen.
+* LSE is the natural logarithm of the sum of exponentiated, scaled and masked scores, in float32; -inf where nothing is
+  seen.
+* Scales belong to quantised caches; a cache of any other dtype is stored and read as it is, whatever scale is given.
 * Caches are strided views (see `paging`); slot arithmetic is in 64 bits.
 """
 
@@ -170,8 +172,8 @@ class Kernels(Protocol):
             value: [T, Hk, V].
             key_cache: [N, P, Hk, D], a strided view.
             value_cache: [N, P, Hk, V].
-            slots: [T'] int32 or int64, T' <= T: `page * P + place`; tokens whose slot is negative are skipped, and so are
-                tokens past T'.
+            slots: [T'] int32 or int64, T' <= T: `page * P + place`; tokens whose slot is negative are skipped, and so
+                are tokens past T'.
             key_scale: float32, one number or [Hk]: a key is divided by it before it is quantised. None for 1.
             value_scale: likewise for values.
         """
@@ -200,8 +202,8 @@ class Kernels(Protocol):
     def merge(self, parts: Tensor, part_lses: Tensor, out: Tensor, lse: Tensor | None = None) -> None:
         """Attention over a whole from attention over its parts.
 
-        out = sum over s of parts[s] * exp(part_lses[s] - lse), lse = log of the sum of exp(part_lses). Flash-Decoding, and
-        section 2.2 of FlashInfer (arXiv 2501.01005).
+        out = sum over s of parts[s] * exp(part_lses[s] - lse), lse = log of the sum of exp(part_lses). Flash-Decoding,
+        and section 2.2 of FlashInfer (arXiv 2501.01005).
 
         Args:
             parts: [S, T, Hq, V]; a part whose LSE is -inf is not read: it may hold NaN.

@@ -1,4 +1,4 @@
-"""The engines' caches as strided views that all kernels take: keys [N, P, Hk, D], values [N, P, Hk, V], latent [N, P, C + E].
+"""The engines' caches as strided views: keys [N, P, Hk, D], values [N, P, Hk, V], latent [N, P, C + E].
 
 No layout is assumed anywhere: a kernel reads the strides. These functions only name the dimensions of what an engine
 hands over; none of them copies.

@@ -74,8 +74,8 @@ class Mask:
     """Which keys a query sees, and what is done to its scores.
 
     The last query of a row stands at the row's last position: query i of m in a row of length n stands at
-    position `p = n - m + i`. It sees key j when `j < n`, and `j <= p` if causal, and `p - left <= j` if `left >= 0`, and
-    `j <= p + right` if `right >= 0`.
+    position `p = n - m + i`. It sees key j when `j < n`, and `j <= p` if causal, and `p - left <= j` if `left >= 0`,
+    and `j <= p + right` if `right >= 0`.
 
     Args:
         causal: whether a query is blind to what follows it.

@@ -28,7 +28,10 @@ class HookSpecs:
 
     @hookspec
     def taut_engines(self) -> Sequence[EngineAdapter]:
-        """The engines that this plugin can speak to, as data. Import nothing of an engine here."""
+        """The engines that this plugin can speak to, as data. Import nothing of an engine here.
+
+        Mark an implementation `hookimpl(optionalhook=True)`: kernels are looked for before this hook is known.
+        """
         raise AssertionError("a specification is never called")
 
 
@@ -36,12 +39,13 @@ class HookSpecs:
 def engines() -> dict[str, EngineAdapter]:
     """The adapters of this process by the engine's name."""
     from taut.adapters import sglang, vllm
+    from taut.common_kernels.providers import registry
 
-    plugins = pluggy.PluginManager(GROUP)
+    plugins = registry().plugins  # those of the entry points are loaded there, once for both kinds of hooks
     plugins.add_hookspecs(HookSpecs)
-    plugins.register(vllm)
     plugins.register(sglang)
-    return {adapter.name: adapter for group in reversed(plugins.hook.taut_engines()) for adapter in group}
+    plugins.register(vllm)  # the last to be registered is the first to be called
+    return {adapter.name: adapter for group in plugins.hook.taut_engines() for adapter in group}
 
 
 def load_into(engine: str) -> None:

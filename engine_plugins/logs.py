@@ -12,7 +12,7 @@ FORMAT = "taut %(levelname)s [%(processName)s pid=%(process)d] %(message)s"
 
 
 def configure(level: str) -> None:
-    """Give the logger `taut` one handler and a level ("debug", "info", "warning", "error"). Calling it again is safe."""
+    """Give the logger `taut` one handler and a level ("debug", "info", "warning", "error"). Idempotent."""
     log = logging.getLogger("taut")
     log.setLevel(level.upper())
     if not log.handlers:

@@ -2,7 +2,7 @@
 
 | variable | values | meaning |
 | --- | --- | --- |
-| TAUT_ATTENTION | auto, on, off | auto: ours where it supports the model; on: ours or an error; off: nothing is registered |
+| TAUT_ATTENTION | auto, on, off | auto: ours where it serves; on: ours or an error; off: nothing registered |
 | TAUT_KERNELS | auto or a provider's name | which kernels serve |
 | TAUT_TABLE | a file | a tile table in place of the packaged one |
 | TAUT_LOG | debug, info, warning, error | how much is logged |
@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
 from functools import cache
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, FilePath, ValidationError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 PREFIX = "TAUT_"
 
@@ -32,14 +34,18 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    attention: Literal["auto", "on", "off"] | None = Field(None, description="when ours is chosen; unset: when asked for")
+    attention: Literal["auto", "on", "off"] | None = Field(
+        None, description="when ours is chosen; unset: when asked for"
+    )
     kernels: str = Field("auto", min_length=1, description="which kernels serve: auto, or a provider's name")
     table: FilePath | None = Field(None, description="a tile table in place of the packaged one")
     log: Literal["debug", "info", "warning", "error"] = Field("info", description="how much is logged")
 
     def sources(self) -> dict[str, str]:
         """For each setting where its value came from: "TAUT_LOG" or "default"."""
-        return {name: variable(name) if name in self.model_fields_set else "default" for name in type(self).model_fields}
+        return {
+            name: variable(name) if name in self.model_fields_set else "default" for name in type(self).model_fields
+        }
 
 
 def variable(name: str) -> str:

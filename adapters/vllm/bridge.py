@@ -50,7 +50,7 @@ LEDGER = (
         since="0.20.2",
         until="",
         detected="AttentionBackendEnum.get_path returns what register_backend was given",
-        why="the class is chosen when the engine asks, with the model's configuration at hand, not when the plugin loads",
+        why="the class is chosen when the engine asks, with the model's configuration at hand",
         ends="when vLLM lets a plugin decide per model",
     ),
     Touch(

@@ -8,8 +8,7 @@ into vLLM's own output. Nothing is filled or allocated per layer.
 from __future__ import annotations
 
 import logging
-import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -308,7 +307,7 @@ class TautBackend(AttentionBackend):
     left_to_engine: ClassVar[bool] = False
 
     @classmethod
-    def get_name(cls) -> str:  # type: ignore[override] # vLLM declares it static and calls it on the class
+    def get_name(cls) -> str:  # vLLM declares it static and calls it on the class
         """The member that this class stands for."""
         return cls.member
 
@@ -398,7 +397,7 @@ _classes: dict[str, type[TautBackend]] = {}
 def backend_for(member: str) -> type[TautBackend]:
     """The class that stands for a member of vLLM's `AttentionBackendEnum`; always the same one."""
     if member not in _classes:
-        _classes[member] = type(f"TautBackend_{member}", (TautBackend,), {"member": member})
+        _classes[member] = type(f"TautBackend_{member}", (TautBackend,), {"member": member, "__module__": __name__})
     return _classes[member]
 
 
@@ -429,8 +428,10 @@ _announced: set[str] = set()
 def _announce(kind: str, provider: str) -> None:
     """The line by which a process of vLLM says, once, that it serves through us."""
     table = selection().table or "packaged"
-    line = f"taut {taut.__version__} serves {kind} attention in vLLM {bridge.engine_version()}: " + (
-        f"kernels {provider}, tile table {table if provider != 'reference' else 'none'}"
+    tiles = "none" if provider == "reference" else table
+    line = (
+        f"taut {taut.__version__} serves {kind} attention in vLLM {bridge.engine_version()}: "
+        f"kernels {provider}, tile table {tiles}"
     )
     if line not in _announced:
         _announced.add(line)
@@ -441,4 +442,4 @@ def _say_first_step(metadata: TautMetadata) -> None:
     """At level debug, once a process: proof that a step ran through this code."""
     if "step" not in _announced:
         _announced.add("step")
-        log.debug("first step: %d rows, %d tokens, process %d", metadata.step.rows, metadata.num_actual_tokens, os.getpid())
+        log.debug("first step: %d rows, %d tokens", metadata.step.rows, metadata.num_actual_tokens)

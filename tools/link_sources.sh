@@ -1,0 +1,9 @@
+#!/bin/sh
+# The sources as one package `taut`, for tools that read a tree instead of an installation: .types/taut/*
+set -eu
+cd "$(dirname "$0")/.."
+mkdir -p .types/taut
+for folder in adapters cli common_kernels configs engine_plugins; do
+    ln -sfn "../../$folder" ".types/taut/$folder"
+done
+ln -sf ../../taut/__init__.py .types/taut/__init__.py
