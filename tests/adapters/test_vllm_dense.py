@@ -1,0 +1,227 @@
+"""The vLLM adapter without an engine: what it does per step and per layer, counted; and what it refuses."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+vllm = pytest.importorskip("vllm", reason="the adapter's tests need vLLM's classes; `make test` installs them")
+
+from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata  # noqa: E402
+
+from taut.adapters.engine import Selection  # noqa: E402
+from taut.adapters.vllm import dense, members, selection  # noqa: E402
+from taut.common_kernels import reference  # noqa: E402
+from taut.common_kernels.step import Mask  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HEADS, KV_HEADS, SIZE, PAGE, PAGES = 6, 2, 32, 16, 12
+
+
+class Operations(TorchDispatchMode):
+    """Every aten operation that runs inside, by name; views leave the data where it is and do not count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not any(argument.alias_info for argument in func._schema.returns) or func._schema.is_mutable:
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(autouse=True)
+def _chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(selection._state, "selection", Selection("on"))
+    monkeypatch.setattr(selection._state, "said", set())
+    yield
+    dense.backend_for("FLASH_ATTN").left_to_engine = False
+
+
+def layer(**different: Any) -> dense.TautImplementation:
+    arguments = {"kv_cache_dtype": "auto", "attn_type": AttentionType.DECODER} | different
+    return dense.TautImplementation(HEADS, SIZE, SIZE**-0.5, KV_HEADS, **arguments)
+
+
+def builder(implementation: dense.TautImplementation, monkeypatch: pytest.MonkeyPatch) -> dense.TautMetadataBuilder:
+    monkeypatch.setattr(dense.bridge, "implementations", lambda _config, _names: [implementation])
+    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=8, max_num_batched_tokens=64))
+    spec = SimpleNamespace(block_size=PAGE)
+    return dense.TautMetadataBuilder(spec, ["layer"], config, torch.device("cpu"))
+
+
+def batch(lengths: list[int], queries: list[int]) -> CommonAttentionMetadata:
+    """A step of vLLM's: `lengths` cached tokens a row, the last `queries` of them new; pages in reverse order."""
+    starts = torch.tensor([0, *torch.tensor(queries).cumsum(0).tolist()], dtype=torch.int32)
+    table = torch.full((len(lengths), 8), 2**30, dtype=torch.int32)
+    slots, next_page = [], PAGES - 1
+    for row, length in enumerate(lengths):
+        pages = -(-length // PAGE)
+        table[row, :pages] = torch.arange(next_page, next_page - pages, -1, dtype=torch.int32)
+        next_page -= pages
+        slots += [int(table[row, p // PAGE]) * PAGE + p % PAGE for p in range(length - queries[row], length)]
+    return CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=torch.tensor(lengths, dtype=torch.int32),
+        num_reqs=len(lengths),
+        num_actual_tokens=sum(queries),
+        max_query_len=max(queries),
+        max_seq_len=max(lengths),
+        block_table_tensor=table,
+        slot_mapping=torch.tensor(slots, dtype=torch.int64),
+    )
+
+
+SCALES = SimpleNamespace(_k_scale=torch.ones(()), _v_scale=torch.ones(()))
+
+
+def test_a_step_costs_no_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The builder copies, computes and waits for nothing: it only points at what vLLM has."""
+    made, common = builder(layer(), monkeypatch), batch([20, 3], [1, 3])
+    with Operations() as seen:
+        metadata = made.build(0, common)
+    assert seen.names == []
+    assert metadata.step.lengths is common.seq_lens
+    assert metadata.step.pages.table is common.block_table_tensor
+
+
+def test_a_layer_costs_its_kernels_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With kernels that do nothing, nothing is left: no fill, no copy, no allocation."""
+    implementation = layer()
+    calls: list[str] = []
+    nothing = SimpleNamespace(
+        workspace=reference.workspace,
+        store_kv=lambda *_, **__: calls.append("store_kv"),
+        paged_attention=lambda *_, **__: calls.append("paged_attention"),
+    )
+    implementation.kernels = nothing
+    metadata = builder(implementation, monkeypatch).build(0, batch([20, 3], [1, 3]))
+    query, out = torch.randn(4, HEADS, SIZE), torch.full((4, HEADS, SIZE), torch.nan)
+    key = torch.randn(4, KV_HEADS, SIZE)
+    cache = torch.full((PAGES, KV_HEADS, PAGE, 2 * SIZE), torch.nan)
+    with Operations() as seen:
+        implementation.do_kv_cache_update(SCALES, key, key, cache, metadata.slot_mapping)
+        implementation.forward(SCALES, query, key, key, cache, metadata, out)
+    assert seen.names == []
+    assert calls == ["store_kv", "paged_attention"]
+    assert out.isnan().all()
+
+
+def test_the_profiling_run_and_only_it_zeroes_the_output() -> None:
+    out = torch.full((4, HEADS, SIZE), torch.nan)
+    empty = torch.empty(0)
+    assert layer().forward(SCALES, out.clone(), empty, empty, empty, None, out) is out
+    assert (out == 0).all()
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_two_steps_of_two_rows(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefill, then decode, through a cache of vLLM's shape, against torch's own attention over all keys."""
+    torch.manual_seed(0)
+    implementation = layer(sliding_window=window)
+    made = builder(implementation, monkeypatch)
+    cache = torch.full((PAGES, KV_HEADS, PAGE, 2 * SIZE), torch.nan)
+    keys = [torch.empty(0, KV_HEADS, SIZE) for _ in range(2)]
+    values = [torch.empty(0, KV_HEADS, SIZE) for _ in range(2)]
+    for lengths, queries in (([18, 7], [18, 7]), ([19, 8], [1, 1])):
+        metadata = made.build(0, batch(lengths, queries))
+        total = sum(queries)
+        query = torch.randn(total, HEADS, SIZE)
+        key, value = torch.randn(total, KV_HEADS, SIZE), torch.randn(total, KV_HEADS, SIZE)
+        out = torch.full((total, HEADS, SIZE), torch.nan)
+        implementation.do_kv_cache_update(SCALES, key, value, cache, metadata.slot_mapping)
+        implementation.forward(SCALES, query, key, value, cache, metadata, out)
+        first = 0
+        for row, (length, new) in enumerate(zip(lengths, queries, strict=True)):
+            own = slice(first, first + new)
+            first += new
+            keys[row], values[row] = torch.cat([keys[row], key[own]]), torch.cat([values[row], value[own]])
+            distance = torch.arange(length)[None] - torch.arange(length - new, length)[:, None]
+            seen = (distance <= 0) & (distance > -(window or length + 1))
+            expected = torch.nn.functional.scaled_dot_product_attention(
+                *(t.transpose(0, 1) for t in (query[own], keys[row], values[row])), attn_mask=seen, enable_gqa=True
+            ).transpose(0, 1)
+            torch.testing.assert_close(out[own], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_encoder_sees_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    implementation = layer(attn_type=AttentionType.ENCODER_ONLY)
+    common = batch([5, 3], [5, 3])
+    common.causal = False
+    metadata = builder(implementation, monkeypatch).build(0, common)
+    query, key, value = (torch.randn(8, heads, SIZE) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    out = torch.full((8, HEADS, SIZE), torch.nan)
+    implementation.forward(SCALES, query, key, value, torch.empty(0), metadata, out)
+    for own in (slice(0, 5), slice(5, 8)):
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            *(t[own].transpose(0, 1) for t in (query, key, value)), enable_gqa=True
+        ).transpose(0, 1)
+        torch.testing.assert_close(out[own], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_windows_are_counted_as_vllm_counts_them() -> None:
+    """A window of W tokens holds the query's own: W - 1 before it."""
+    assert layer(sliding_window=8).mask == Mask(left=7)
+    assert layer().mask == Mask()
+
+
+def test_an_argument_that_is_not_known_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="chunk_lookback=3 is not supported"):
+        layer(chunk_lookback=3)
+    layer(chunk_lookback=-1, use_alibi_sqrt=False, block_m=None)  # what vLLM passes where it means nothing
+
+
+def test_a_quantised_output_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = torch.empty(1, HEADS, SIZE)
+    with pytest.raises(ValueError, match="output quantised inside attention"):
+        layer().forward(SCALES, out, out, out, out, None, out, output_scale=torch.ones(()))
+
+
+def asked(**different: Any) -> dict[str, Any]:
+    """What vLLM 0.32 asks a backend to validate."""
+    usual = {
+        "head_size": 64, "dtype": torch.float32, "kv_cache_dtype": "auto", "block_size": None, "use_mla": False,
+        "has_sink": False, "use_sparse": False, "use_mm_prefix": False, "use_per_head_quant_scales": False,
+        "device_capability": None, "attn_type": AttentionType.DECODER, "has_sliding_window": False,
+    }  # fmt: skip
+    return usual | different
+
+
+def test_validation_gives_every_reason() -> None:
+    ours = dense.backend_for("FLASH_ATTN")
+    assert ours.validate_configuration(**asked()) == []
+    reasons = ours.validate_configuration(**asked(use_mla=True, use_mm_prefix=True, kv_cache_dtype="fp8_e5m2"))
+    assert len(reasons) == 3
+
+
+def test_auto_leaves_a_refused_layer_to_vllm_and_a_served_one_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM resolves the name of the class that it has validated: it gets its own class where ours was refused."""
+
+    class Stock:
+        @classmethod
+        def validate_configuration(cls, **_: Any) -> list[str]:
+            return []
+
+    monkeypatch.setattr(selection._state, "selection", Selection("auto"))
+    monkeypatch.setattr(dense.bridge, "stock_class", lambda _member: Stock)
+    ours = dense.backend_for("FLASH_ATTN")
+    module, name = ours.full_cls_name()
+    assert module == members.__name__
+    assert ours.validate_configuration(**asked(use_mm_prefix=True)) == []
+    assert getattr(members, name) is Stock
+    assert ours.validate_configuration(**asked()) == []
+    assert getattr(members, name) is ours
+
+
+def test_a_member_that_is_not_ours_is_no_attribute() -> None:
+    with pytest.raises(AttributeError):
+        _ = members.TORCH_SDPA
