@@ -43,8 +43,13 @@ class Workspace(Protocol):
 class Kernels(Protocol):
     """A provider's operations."""
 
-    def workspace(self, problem: Problem, max_rows: int, max_tokens: int, device: str) -> Workspace:
-        """A workspace for steps of at most `max_rows` rows and `max_tokens` queries, on `device` ("cuda:0")."""
+    def workspace(
+        self, problem: Problem, max_rows: int, max_tokens: int, device: str, table_path: str | None = None
+    ) -> Workspace:
+        """A workspace for steps of at most `max_rows` rows and `max_tokens` queries, on `device` ("cuda:0").
+
+        `table_path` names a tile table to use in place of the provider's own, where it has any.
+        """
         ...
 
     def paged_attention(

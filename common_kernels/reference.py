@@ -34,6 +34,12 @@ class NoWorkspace:
         """Nothing to prepare."""
 
 
-def workspace(problem: Problem, max_rows: int, max_tokens: int, device: str) -> NoWorkspace:  # noqa: ARG001
+def workspace(
+    problem: Problem,  # noqa: ARG001
+    max_rows: int,  # noqa: ARG001
+    max_tokens: int,  # noqa: ARG001
+    device: str,  # noqa: ARG001
+    table_path: str | None = None,  # noqa: ARG001
+) -> NoWorkspace:
     """See `Kernels.workspace`."""
     return NoWorkspace()

@@ -128,11 +128,16 @@ class TautMetadataBuilder(AttentionMetadataBuilder[TautMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.page_size = kv_cache_spec.block_size
         scheduler = vllm_config.scheduler_config
+        table = None if selection().table is None else str(selection().table)
         self.workspaces: dict[Problem, Workspace] = {}
         for implementation in bridge.implementations(vllm_config, layer_names):
             if implementation.problem not in self.workspaces:
                 self.workspaces[implementation.problem] = implementation.kernels.workspace(
-                    implementation.problem, scheduler.max_num_seqs, scheduler.max_num_batched_tokens, str(device)
+                    implementation.problem,
+                    scheduler.max_num_seqs,
+                    scheduler.max_num_batched_tokens,
+                    str(device),
+                    table,
                 )
 
     def build(
