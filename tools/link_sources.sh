@@ -6,4 +6,4 @@ mkdir -p .types/taut
 for folder in adapters cli common_kernels configs engine_plugins; do
     ln -sfn "../../$folder" ".types/taut/$folder"
 done
-ln -sf ../../taut/__init__.py .types/taut/__init__.py
+ln -sf ../../package/__init__.py .types/taut/__init__.py
