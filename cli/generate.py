@@ -6,10 +6,11 @@ The demo and the integration tests start it with `TAUT_ATTENTION` set as they ne
 process's standard error, and that is where the proof of who served stands.
 
 REQUEST holds `model` (a folder), one of `prompts` (texts), `chats` (questions for the model's chat template) or
-`prompt_ids` (lists of tokens), `tokens` (how many to generate, greedily), `ignore_eos` and `engine` (further arguments
-of vLLM's `LLM`). RESULT holds `texts`, `token_ids` and `cached_tokens` (prompt tokens found in the prefix cache) of
-each prompt, the `seconds` of them all, the `preemptions` the scheduler counted (None where vLLM keeps no statistics)
-and the `pid` of this process.
+`prompt_ids` (lists of tokens), `tokens` (how many to generate, greedily), `ignore_eos`, `score` (whether to judge the
+prompts) and `engine` (further arguments of vLLM's `LLM`). RESULT holds `texts`, `token_ids` and `cached_tokens` (prompt
+tokens found in the prefix cache) of each prompt, the `seconds` of them all, the `preemptions` the scheduler counted
+(None where vLLM keeps no statistics), the `pid` of this process, and with `score` the `logprobs` of each prompt's
+tokens after its first.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def generate(request: dict[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
     results = engine.generate(prompts, greedy, use_tqdm=False)
     seconds = time.perf_counter() - start
-    return {
+    answer: dict[str, Any] = {
         "texts": [result.outputs[0].text for result in results],
         "token_ids": [list(result.outputs[0].token_ids) for result in results],
         "cached_tokens": [result.num_cached_tokens for result in results],
@@ -41,6 +42,18 @@ def generate(request: dict[str, Any]) -> dict[str, Any]:
         "preemptions": _preemptions(engine),
         "pid": os.getpid(),
     }
+    if request.get("score"):
+        judged = engine.generate(
+            prompts, SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0), use_tqdm=False
+        )
+        answer["logprobs"] = [_own_logprobs(result) for result in judged]
+    return answer
+
+
+def _own_logprobs(result: Any) -> list[float]:
+    """The log-probability that the model gave each token of a prompt, its first token left out."""
+    pairs = zip(result.prompt_token_ids[1:], result.prompt_logprobs[1:], strict=True)
+    return [candidates[token].logprob for token, candidates in pairs]
 
 
 def _prompts(request: dict[str, Any], engine: Any) -> list[Any]:
