@@ -33,7 +33,44 @@ REFERENCE = KernelProvider(
 )
 
 
+def _load_portable() -> Kernels:
+    from taut.common_kernels import portable
+
+    return portable
+
+
+GPUS = ("sm_80+", "gfx942", "gfx950")
+NUMBERS = frozenset({"bfloat16", "float16", "float32"})
+HALVES = frozenset({"bfloat16", "float16"})
+FLOAT8 = frozenset({"float8_e4m3fn"})
+
+TRITON = KernelProvider(
+    name="triton",
+    summary="Triton kernels for NVIDIA (sm_80 and later) and AMD (CDNA3 and later)",
+    priority=10,
+    capabilities=(
+        Capability("paged_attention", GPUS, NUMBERS, NUMBERS | FLOAT8),
+        Capability("ragged_attention", GPUS, NUMBERS, NUMBERS),
+        Capability(
+            "mla_decode",
+            GPUS,
+            HALVES,
+            HALVES | FLOAT8,
+            head_sizes=frozenset({192, 320, 576}),
+            value_sizes=frozenset({128, 256, 512}),
+            max_q_heads=128,
+            features=frozenset({"causal", "non_causal", "lse"}),
+        ),
+        Capability("store_kv", GPUS, NUMBERS, NUMBERS | FLOAT8),
+        Capability("store_mla_kv", GPUS, NUMBERS, NUMBERS | FLOAT8),
+        Capability("merge", GPUS, NUMBERS),
+    ),
+    load=_load_portable,
+    requires=("torch", "triton"),
+)
+
+
 @hookimpl
 def taut_kernels() -> Sequence[KernelProvider]:
     """The built-in providers."""
-    return [REFERENCE]
+    return [TRITON, REFERENCE]

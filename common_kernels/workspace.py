@@ -37,6 +37,11 @@ class DeviceFacts:
         """Whether the hardware converts e4m3 numbers as they are meant here (CDNA3 has a format of its own)."""
         return self.target == "gfx950" or target_matches("sm_89+", self.target)
 
+    @property
+    def dependent_launch(self) -> bool:
+        """Whether a kernel can be launched before the one ahead of it has ended, to wait for it on the device."""
+        return target_matches("sm_90+", self.target)
+
 
 # What the interpreter stands for on a CPU: the smallest GPU that the tables know, with few programs, for splits.
 INTERPRETED = DeviceFacts("sm_80", 101_376, 4)
@@ -48,8 +53,8 @@ def device_facts(device: str) -> DeviceFacts:
     if torch.device(device).type == "cpu":
         return INTERPRETED
     properties = torch.cuda.get_device_properties(device)
-    shared = properties.shared_memory_per_block if torch.version.hip else properties.shared_memory_per_block_optin
-    return DeviceFacts(target_of(torch.device(device)), shared, properties.multi_processor_count)
+    limit = "shared_memory_per_block" if torch.version.hip else "shared_memory_per_block_optin"
+    return DeviceFacts(target_of(torch.device(device)), getattr(properties, limit), properties.multi_processor_count)
 
 
 class ScheduledWorkspace:

@@ -20,39 +20,46 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def combine(
-    parts: tl.tensor,  # the row's first column in the first part
+    parts: tl.tensor,  # [ROWS] addresses of the rows' first columns in the first part
     part_stride: tl.tensor,
     column_offsets: tl.tensor,  # [COLUMNS]
     columns_here: tl.tensor,
-    lses: tl.tensor,
+    lses: tl.tensor,  # [ROWS] addresses of their LSEs in the first part
     lse_stride: tl.tensor,
+    rows_here: tl.tensor,
     splits: tl.tensor,
     SPLITS: tl.constexpr,  # a power of two, at least `splits`
     CHUNK: tl.constexpr,  # parts read together
+    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ALL_WRITTEN: tl.constexpr,  # whether empty parts hold numbers too: then no load waits for an LSE
 ) -> tl.tensor:
-    """Attention of one row from its parts: its columns in float32, and its LSE; parts whose LSE is -inf stay unread."""
-    every = tl.arange(0, SPLITS)
-    all_lses = tl.load(lses + every * lse_stride, mask=every < splits, other=float("-inf")) * LOG2_E
-    top = tl.max(all_lses)
+    """Attention of some rows from its parts: [ROWS, COLUMNS] float32, and the LSEs; parts of LSE -inf stay unread."""
+    every = tl.arange(0, SPLITS)[:, None]
+    here = (every < splits) & rows_here[None, :]
+    all_lses = tl.load(lses[None, :] + every * lse_stride, mask=here, other=float("-inf")) * LOG2_E
+    top = tl.max(all_lses, 0)
     top = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp2(all_lses - top))
-    mixed = tl.zeros([COLUMNS], tl.float32)
+    total = tl.sum(tl.exp2(all_lses - top[None, :]), 0)
+    mixed = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, splits, CHUNK):
-        split = start + tl.arange(0, CHUNK)
-        part_lses = tl.load(lses + split * lse_stride, mask=split < splits, other=float("-inf")) * LOG2_E
-        weights = tl.exp2(part_lses - top)
+        split = start + tl.arange(0, CHUNK)[:, None]
+        wanted = (split < splits) & rows_here[None, :]
+        part_lses = tl.load(lses[None, :] + split * lse_stride, mask=wanted, other=float("-inf")) * LOG2_E
+        weights = tl.exp2(part_lses - top[None, :])
+        if not ALL_WRITTEN:
+            wanted = part_lses > float("-inf")
         numbers = tl.load(
-            parts + split[:, None] * part_stride + column_offsets[None, :],
-            mask=(part_lses > float("-inf"))[:, None] & columns_here[None, :],
+            (parts[None, :] + split * part_stride)[:, :, None] + column_offsets[None, None, :],
+            mask=wanted[:, :, None] & columns_here[None, None, :],
             other=0.0,
         )
-        mixed += tl.sum(weights[:, None] * numbers.to(tl.float32), 0)
+        mixed += tl.sum(weights[:, :, None] * numbers.to(tl.float32), 0)
     lse = tl.where(total > 0.0, (top + tl.log2(total)) * LN2, float("-inf"))
-    return mixed / tl.where(total > 0.0, total, 1.0), lse
+    return mixed / tl.where(total > 0.0, total, 1.0)[:, None], lse
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "tokens"])
 def merge_kernel(
     parts: tl.tensor,
     part_lses: tl.tensor,
@@ -71,34 +78,40 @@ def merge_kernel(
     out_stride_v: tl.tensor,
     out_lse_stride_t: tl.tensor,
     out_lse_stride_h: tl.tensor,
+    tokens: tl.tensor,
     HEADS: tl.constexpr,
     VALUE: tl.constexpr,
+    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SPLITS: tl.constexpr,
     CHUNK: tl.constexpr,
     HAS_LSE: tl.constexpr,
 ) -> None:
-    """One program merges one row; see `merge`."""
-    token = (tl.program_id(0) // HEADS).to(tl.int64)
-    head = tl.program_id(0) % HEADS
+    """One program merges some rows; see `merge`."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    here = row < tokens * HEADS
+    token, head = (row // HEADS).to(tl.int64), row % HEADS
     columns = tl.arange(0, COLUMNS)
-    here = columns < VALUE
+    columns_here = columns < VALUE
     mixed, total = combine(
         parts + token * part_stride_t + head * part_stride_h,
         tl.cast(part_stride_s, tl.int64),
         columns * part_stride_v,
-        here,
+        columns_here,
         part_lses + token * lse_stride_t + head * lse_stride_h,
         tl.cast(lse_stride_s, tl.int64),
+        here,
         count,
         SPLITS,
         CHUNK,
+        ROWS,
         COLUMNS,
+        False,
     )
-    target = out + token * out_stride_t + head * out_stride_h + columns * out_stride_v
-    tl.store(target, mixed.to(out.dtype.element_ty), mask=here)
+    target = (token * out_stride_t + head * out_stride_h)[:, None] + columns[None, :] * out_stride_v
+    tl.store(out + target, mixed.to(out.dtype.element_ty), mask=here[:, None] & columns_here[None, :])
     if HAS_LSE:
-        tl.store(lse + token * out_lse_stride_t + head * out_lse_stride_h, total)
+        tl.store(lse + token * out_lse_stride_t + head * out_lse_stride_h, total, mask=here)
 
 
 def merge(parts: Tensor, part_lses: Tensor, out: Tensor, lse: Tensor | None = None) -> None:
@@ -106,7 +119,9 @@ def merge(parts: Tensor, part_lses: Tensor, out: Tensor, lse: Tensor | None = No
     count, tokens, heads, value = parts.shape
     if tokens == 0:
         return
-    merge_kernel[(tokens * heads,)](
+    columns = triton.next_power_of_2(value)
+    rows = max(1, 512 // columns)
+    merge_kernel[(triton.cdiv(tokens * heads, rows),)](
         parts,
         part_lses,
         out,
@@ -116,13 +131,15 @@ def merge(parts: Tensor, part_lses: Tensor, out: Tensor, lse: Tensor | None = No
         *part_lses.stride(),
         *out.stride(),
         *(lse.stride() if lse is not None else (0, 0)),
+        tokens,
         HEADS=heads,
         VALUE=value,
-        COLUMNS=triton.next_power_of_2(value),
+        ROWS=rows,
+        COLUMNS=columns,
         SPLITS=max(2, triton.next_power_of_2(count)),
         CHUNK=min(8, max(2, triton.next_power_of_2(count))),
         HAS_LSE=lse is not None,
-        num_warps=2,
+        num_warps=4,
     )
 
 
@@ -140,15 +157,17 @@ def merge_items_kernel(
     lse_stride_t: tl.tensor,
     lse_stride_h: tl.tensor,
     HEADS: tl.constexpr,
-    ROWS: tl.constexpr,
+    PARTIAL_ROWS: tl.constexpr,
     VALUE: tl.constexpr,
+    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SPLITS: tl.constexpr,
     CHUNK: tl.constexpr,
     BY_ITEM: tl.constexpr,
     HAS_LSE: tl.constexpr,
+    OVERLAPPED: tl.constexpr,  # whether the kernel before may still run when this one starts
 ) -> None:
-    """One program merges some columns of one row of one split item; see `merge_items`."""
+    """One program merges some columns of some rows of one split item; see `merge_items`."""
     if BY_ITEM:
         item = tl.program_id(2)
         first = True
@@ -158,32 +177,40 @@ def merge_items_kernel(
         first = (item >= 0) & ((item > first_item) | (first_tile == 0))
         item = tl.maximum(item, 0)
     _, first_query, queries, _, _, _, splits, first_partial = load_item(items, item)
-    row = tl.program_id(1)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     query, head = row // HEADS, row % HEADS
-    if first & (splits > 1) & (query < queries):
+    here = query < queries
+    if OVERLAPPED:  # the schedule was complete before the kernel ahead began, its partials are not
+        tl.extra.cuda.gdc_wait()
+    if first & (splits > 1):
         columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-        here = columns < VALUE
-        slot = first_partial.to(tl.int64) * ROWS + row
+        columns_here = columns < VALUE
+        slot = first_partial.to(tl.int64) * PARTIAL_ROWS + row
         mixed, total = combine(
             partials + slot * VALUE,
-            ROWS * VALUE,
+            PARTIAL_ROWS * VALUE,
             columns,
-            here,
+            columns_here,
             partial_lses + slot,
-            ROWS,
+            PARTIAL_ROWS,
+            here,
             splits,
             SPLITS,
             CHUNK,
+            ROWS,
             COLUMNS,
+            True,
         )
         token = (first_query + query).to(tl.int64)
-        target = out + token * out_stride_t + head * out_stride_h + columns * out_stride_v
-        tl.store(target, mixed.to(out.dtype.element_ty), mask=here)
+        target = (token * out_stride_t + head * out_stride_h)[:, None] + columns[None, :] * out_stride_v
+        tl.store(out + target, mixed.to(out.dtype.element_ty), mask=here[:, None] & columns_here[None, :])
         if HAS_LSE and tl.program_id(0) == 0:
-            tl.store(lse + token * lse_stride_t + head * lse_stride_h, total)
+            tl.store(lse + token * lse_stride_t + head * lse_stride_h, total, mask=here)
 
 
-def merge_items(workspace: ScheduledWorkspace, out: Tensor, lse: Tensor | None, rows: int) -> None:
+def merge_items(
+    workspace: ScheduledWorkspace, out: Tensor, lse: Tensor | None, rows: int, overlapped: bool = False
+) -> None:
     """Merge the partial results of every split item of a step into the output, in one launch.
 
     Row r of a partial belongs to query `r // Hq` of the item and head `r % Hq`. Items that were not split are left as
@@ -194,6 +221,7 @@ def merge_items(workspace: ScheduledWorkspace, out: Tensor, lse: Tensor | None, 
         out: [T, Hq, V].
         lse: [T, Hq] float32, written if given.
         rows: how many rows of a partial are in use at most.
+        overlapped: whether the kernel launched just before says itself when this one may start (NVIDIA, sm_90+).
     """
     shape, scratch = workspace.schedule.shape, workspace.scratch
     if shape.parts == 1:
@@ -201,9 +229,8 @@ def merge_items(workspace: ScheduledWorkspace, out: Tensor, lse: Tensor | None, 
     heads, value = out.shape[1:]
     by_item = workspace.items < shape.parts
     programs = workspace.items if by_item else shape.parts - 1
-    columns = merge_columns(value, programs * rows)
-    splits = triton.next_power_of_2(shape.parts)
-    merge_items_kernel[(triton.cdiv(value, columns), rows, programs)](
+    chunk, together, columns = merge_sizes(shape.parts, workspace.items, value)
+    merge_items_kernel[(triton.cdiv(value, columns), triton.cdiv(rows, together), programs)](
         scratch.partials,
         scratch.lses,
         workspace.schedule.items,
@@ -213,18 +240,26 @@ def merge_items(workspace: ScheduledWorkspace, out: Tensor, lse: Tensor | None, 
         *out.stride(),
         *(lse.stride() if lse is not None else (0, 0)),
         HEADS=heads,
-        ROWS=scratch.partials.shape[1],
+        PARTIAL_ROWS=scratch.partials.shape[1],
         VALUE=value,
+        ROWS=together,
         COLUMNS=columns,
-        SPLITS=splits,
-        CHUNK=min(splits, 4096 // columns),
+        SPLITS=triton.next_power_of_2(shape.parts),
+        CHUNK=chunk,
         BY_ITEM=by_item,
         HAS_LSE=lse is not None,
+        OVERLAPPED=overlapped,
         num_warps=4,
+        **({"launch_pdl": True} if overlapped else {}),
     )
 
 
-def merge_columns(value_size: int, rows: int) -> int:
-    """How many columns one program merges: all, or fewer where there are too few rows to fill a device."""
-    whole = triton.next_power_of_2(value_size)
-    return int(whole if rows > 512 else min(whole, 128))
+def merge_sizes(parts: int, items: int, value_size: int) -> tuple[int, int, int]:
+    """How many partials, rows and columns one program reads together; a pure function.
+
+    As many partials as an item has where all items are alike, since every further round waits for memory anew. Then as
+    many columns and rows as a program can hold, so that all programs run at once.
+    """
+    chunk = min(128, max(2, triton.next_power_of_2(parts // max(items, 1))))
+    columns = min(triton.next_power_of_2(value_size), max(32, 4096 // chunk))
+    return chunk, min(8, max(1, 4096 // (chunk * columns))), columns

@@ -9,9 +9,10 @@ of the tiles; a tile of keys is read once and serves as keys and as values. Two 
 
 The softmax is the running one of FlashAttention-2 (arXiv 2307.08691), in powers of two.
 
-What a tile table tells this operation (see `tiles`): facts `rows` (heads times queries that share keys), `rank` (C) and
-`cache_bytes` (of an element); numbers `keys` and `rows` of a tile, `transposed` (0 or 1), `warps`, `stages` of the
-pipeline, `programs` that share a multiprocessor, and `share`, the least tiles worth a part of their own.
+What a tile table tells this operation (see `tiles`): facts `rows` (heads times queries that share keys), `rank` (C)
+and `cache_bytes` (of an element); numbers `keys` and `rows` of a tile, `transposed` (0 or 1), `warps`, `stages` of
+the pipeline, `programs` that share a multiprocessor, `share`, the least tiles worth a part of their own, and `spare`,
+the tiles that it takes as long to begin another item as to work through.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from taut.common_kernels.float8 import decode
 from taut.common_kernels.merge.triton_kernel import merge_items
 from taut.common_kernels.schedule.reference import ScheduleShape, most_items, parts_that_fit
 from taut.common_kernels.schedule.triton_kernel import load_item, load_part, tiles_of
+from taut.common_kernels.step import PageTable, Step
 from taut.common_kernels.tiles import table_for
 from taut.common_kernels.workspace import ScheduledWorkspace, device_facts
 
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
 
     from taut.common_kernels.kernels import Workspace
     from taut.common_kernels.problem import Problem
-    from taut.common_kernels.step import Step
     from taut.common_kernels.tiles import Tile, TileTable
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -45,18 +46,120 @@ ROWS_AT_ONCE = 64  # the most heads times queries in one tile
 
 @triton.jit
 def _read_keys(
-    cache: tl.tensor,
-    slots: tl.tensor,  # [KEYS] offsets of the keys' first elements
+    vectors: tl.tensor,
     columns: tl.tensor,
     stride: tl.tensor,
     QUANTISED: tl.constexpr,
     NATIVE: tl.constexpr,
     DTYPE: tl.constexpr,
 ) -> tl.tensor:
-    keys = tl.load(cache + slots[:, None] + columns[None, :] * stride)
-    if QUANTISED:
-        keys = decode(keys, NATIVE, DTYPE)
-    return keys
+    """Columns of the vectors that begin at [KEYS] addresses."""
+    keys = tl.load(vectors[:, None] + columns[None, :] * stride)
+    return decode(keys, NATIVE, DTYPE) if QUANTISED else keys.to(DTYPE)
+
+
+@triton.jit
+def _page_numbers(
+    pages: tl.tensor,
+    first: tl.tensor,
+    key_ids: tl.tensor,
+    end_key: tl.tensor,
+    PAGE: tl.constexpr,
+    KEYS: tl.constexpr,
+) -> tl.tensor:
+    """Page numbers of the tile whose first key is `first`: one if a tile lies in one page, or else one for each key."""
+    if PAGE % KEYS == 0:
+        numbers = tl.load(pages + tl.maximum(tl.minimum(first, end_key - 1), 0) // PAGE)
+    else:
+        numbers = tl.load(pages + tl.maximum(tl.minimum(first + key_ids, end_key - 1), 0) // PAGE)
+    return numbers
+
+
+@triton.jit
+def _attend_tiles(
+    acc: tl.tensor,  # [ROWS, LATENT] float32, or transposed
+    top: tl.tensor,  # [ROWS] the largest score so far, times log2(e)
+    total: tl.tensor,  # [ROWS] the sum of the weights so far
+    nope: tl.tensor,  # [ROWS, LATENT], or transposed
+    pe: tl.tensor,
+    cache: tl.tensor,
+    cache_stride_page: tl.tensor,
+    cache_stride_d: tl.tensor,
+    pages: tl.tensor,
+    begin: tl.tensor,
+    end: tl.tensor,
+    first_key: tl.tensor,
+    end_key: tl.tensor,
+    position: tl.tensor,  # [ROWS]
+    scale: tl.tensor,
+    LATENT: tl.constexpr,
+    ROPE: tl.constexpr,
+    PAGE: tl.constexpr,
+    PLACE_STRIDE: tl.constexpr,
+    KEYS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    QUANTISED: tl.constexpr,
+    NATIVE: tl.constexpr,
+    LAST: tl.constexpr,  # whether positions past the end may occur
+) -> tl.tensor:
+    """Attention over the tiles begin <= tile < end of one item: acc, top, total."""
+    DTYPE: tl.constexpr = nope.dtype
+    key_ids = tl.arange(0, KEYS)
+    columns = tl.arange(0, LATENT)
+    rope_columns = LATENT + tl.arange(0, ROPE)
+    # The page numbers of a tile are read one tile ahead, so that no load of keys waits for them.
+    page = _page_numbers(pages, first_key + begin * KEYS, key_ids, end_key, PAGE, KEYS)
+    for tile in range(begin, end):
+        first = first_key + tile * KEYS
+        keys_at = first + key_ids
+        if LAST:
+            # Positions past the end read the last key once more, and their scores are masked: no other slot is read,
+            # and a weight of zero meets a number, not what lies in a slot that is not in use.
+            place = tl.minimum(keys_at, end_key - 1) % PAGE
+        elif PAGE == KEYS:
+            place = key_ids
+        elif PAGE % KEYS == 0:
+            place = first % PAGE + key_ids
+        else:
+            place = keys_at % PAGE
+        if PAGE % KEYS == 0:
+            vectors = cache + page.to(tl.int64) * cache_stride_page + place * PLACE_STRIDE
+        else:
+            vectors = cache + (page.to(tl.int64) * cache_stride_page + place * PLACE_STRIDE)
+        page = _page_numbers(pages, first + KEYS, key_ids, end_key, PAGE, KEYS)
+        latent = _read_keys(vectors, columns, cache_stride_d, QUANTISED, NATIVE, DTYPE)
+        rope = _read_keys(vectors, rope_columns, cache_stride_d, QUANTISED, NATIVE, DTYPE)
+        if TRANSPOSED:
+            scores = tl.dot(rope, pe)
+            scores = tl.dot(latent, nope, scores) * scale
+            if LAST:
+                scores = tl.where((keys_at < end_key)[:, None], scores, float("-inf"))
+            if CAUSAL:
+                scores = tl.where(keys_at[:, None] <= position[None, :], scores, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, 0))
+        else:
+            scores = tl.dot(pe, tl.trans(rope))
+            scores = tl.dot(nope, tl.trans(latent), scores) * scale
+            if LAST:
+                scores = tl.where((keys_at < end_key)[None, :], scores, float("-inf"))
+            if CAUSAL:
+                scores = tl.where(keys_at[None, :] <= position[:, None], scores, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, 1))
+        base = new_top
+        if CAUSAL:  # a query may see nothing of a tile, and nothing before
+            base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        fade = tl.exp2(top - base)
+        if TRANSPOSED:
+            weights = tl.exp2(scores - base[None, :])
+            total = total * fade + tl.sum(weights, 0)
+            acc = tl.dot(tl.trans(latent), weights.to(DTYPE), acc * fade[None, :])
+        else:
+            weights = tl.exp2(scores - base[:, None])
+            total = total * fade + tl.sum(weights, 1)
+            acc = tl.dot(weights.to(DTYPE), latent, acc * fade[:, None])
+        top = new_top
+    return acc, top, total
 
 
 @triton.jit(do_not_specialize=["step_rows", "tokens", "parts_count"])
@@ -85,7 +188,6 @@ def mla_decode_kernel(
     pe_stride_h: tl.tensor,
     pe_stride_d: tl.tensor,
     cache_stride_page: tl.tensor,
-    cache_stride_place: tl.tensor,
     cache_stride_d: tl.tensor,
     table_stride: tl.tensor,
     out_stride_t: tl.tensor,
@@ -98,6 +200,7 @@ def mla_decode_kernel(
     LATENT: tl.constexpr,
     ROPE: tl.constexpr,
     PAGE: tl.constexpr,
+    PLACE_STRIDE: tl.constexpr,  # between the tokens of a page; one number for a model, and it makes addresses simple
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
@@ -106,9 +209,11 @@ def mla_decode_kernel(
     NATIVE: tl.constexpr,
     HAS_TABLE_ROWS: tl.constexpr,
     HAS_LSE: tl.constexpr,
+    OVERLAPPED: tl.constexpr,  # whether the merge is launched so that it may start before this kernel has ended
 ) -> None:
     """One program works through one part for one block of heads; see `mla_decode`."""
-    DTYPE: tl.constexpr = q_nope.dtype.element_ty
+    if OVERLAPPED:
+        tl.extra.cuda.gdc_launch_dependents()
     # Programs of one part stand side by side, so that they find each other's keys in the L2 cache.
     part = tl.program_id(0) // HEAD_BLOCKS
     head_block = tl.program_id(0) % HEAD_BLOCKS
@@ -117,7 +222,6 @@ def mla_decode_kernel(
     head = flat % HEADS
     columns = tl.arange(0, LATENT)
     rope_columns = tl.arange(0, ROPE)
-    key_ids = tl.arange(0, KEYS)
     if QUANTISED:
         stored_scale = tl.load(cache_scale)
         scale = scale * stored_scale
@@ -174,50 +278,62 @@ def mla_decode_kernel(
         if HAS_TABLE_ROWS:
             table_row = tl.load(table_rows + row).to(tl.int64)
         pages = table + table_row * table_stride
-        for tile in range(begin, end):
-            keys_at = first_key + tile * KEYS + key_ids
-            # Positions past the end read the last key once more, and their scores are masked: no other slot is touched,
-            # and a weight of zero meets a number, not what lies in a slot that is not in use.
-            read_at = tl.minimum(keys_at, end_key - 1)
-            if PAGE % KEYS == 0:  # a tile lies in one page
-                page = tl.load(pages + (first_key + tile * KEYS) // PAGE).to(tl.int64)
-                tile_cache = cache + page * cache_stride_page
-                slots = (read_at % PAGE) * cache_stride_place
-            else:
-                tile_cache = cache
-                page = tl.load(pages + read_at // PAGE).to(tl.int64)
-                slots = page * cache_stride_page + (read_at % PAGE) * cache_stride_place
-            latent = _read_keys(tile_cache, slots, columns, cache_stride_d, QUANTISED, NATIVE, DTYPE)
-            rope = _read_keys(tile_cache, slots, LATENT + rope_columns, cache_stride_d, QUANTISED, NATIVE, DTYPE)
-            if TRANSPOSED:
-                scores = tl.dot(rope, pe)
-                scores = tl.dot(latent, nope, scores) * scale
-                seen = (keys_at < end_key)[:, None]
-                if CAUSAL:
-                    seen = seen & (keys_at[:, None] <= position[None, :])
-                scores = tl.where(seen, scores, float("-inf"))
-                new_top = tl.maximum(top, tl.max(scores, 0))
-                base = tl.where(new_top == float("-inf"), 0.0, new_top)
-                weights = tl.exp2(scores - base[None, :])
-                fade = tl.exp2(top - base)
-                total = total * fade + tl.sum(weights, 0)
-                acc = acc * fade[None, :]
-                acc = tl.dot(tl.trans(latent), weights.to(DTYPE), acc)
-            else:
-                scores = tl.dot(pe, tl.trans(rope))
-                scores = tl.dot(nope, tl.trans(latent), scores) * scale
-                seen = (keys_at < end_key)[None, :]
-                if CAUSAL:
-                    seen = seen & (keys_at[None, :] <= position[:, None])
-                scores = tl.where(seen, scores, float("-inf"))
-                new_top = tl.maximum(top, tl.max(scores, 1))
-                base = tl.where(new_top == float("-inf"), 0.0, new_top)
-                weights = tl.exp2(scores - base[:, None])
-                fade = tl.exp2(top - base)
-                total = total * fade + tl.sum(weights, 1)
-                acc = acc * fade[:, None]
-                acc = tl.dot(weights.to(DTYPE), latent, acc)
-            top = new_top
+        # Whole tiles by themselves: their addresses and scores need no care.
+        whole = tl.maximum(tl.minimum(end, (end_key - first_key) // KEYS), begin)
+        acc, top, total = _attend_tiles(
+            acc,
+            top,
+            total,
+            nope,
+            pe,
+            cache,
+            cache_stride_page,
+            cache_stride_d,
+            pages,
+            begin,
+            whole,
+            first_key,
+            end_key,
+            position,
+            scale,
+            LATENT,
+            ROPE,
+            PAGE,
+            PLACE_STRIDE,
+            KEYS,
+            TRANSPOSED,
+            CAUSAL,
+            QUANTISED,
+            NATIVE,
+            False,
+        )
+        acc, top, total = _attend_tiles(
+            acc,
+            top,
+            total,
+            nope,
+            pe,
+            cache,
+            cache_stride_page,
+            cache_stride_d,
+            pages,
+            whole,
+            end,
+            first_key,
+            end_key,
+            position,
+            scale,
+            LATENT,
+            ROPE,
+            PAGE,
+            PLACE_STRIDE,
+            KEYS,
+            TRANSPOSED,
+            CAUSAL,
+            QUANTISED,
+            NATIVE,
+            True,
+        )
 
         seen_any = total > 0.0
         inverse = 1.0 / tl.where(seen_any, total, 1.0)
@@ -289,6 +405,7 @@ class MlaWorkspace(ScheduledWorkspace):
         max_query: the most queries of a row; 0 for no bound.
         multiprocessors: of the device.
         native_float8: whether the device converts e4m3 by itself.
+        overlapped: whether the device can start a kernel before the one ahead of it has ended.
         device: where everything lies.
     """
 
@@ -301,6 +418,7 @@ class MlaWorkspace(ScheduledWorkspace):
         max_query: int,
         multiprocessors: int,
         native_float8: bool,
+        overlapped: bool,
         device: torch.device | str,
     ) -> None:
         tile = cut.tile
@@ -310,10 +428,12 @@ class MlaWorkspace(ScheduledWorkspace):
             tile=tile["keys"],
             block=cut.block,
             minimum_share=tile["share"],
+            spare=tile["spare"],
         )
         super().__init__(shape, max_rows, cut.head_blocks * tile["rows"], rank, device)
         self.cut = cut
         self.native_float8 = native_float8
+        self.overlapped = overlapped
         self.one = torch.ones(1, device=device)  # the scale of a cache that comes without
 
 
@@ -333,8 +453,63 @@ def workspace(
         problem.max_query,
         facts.multiprocessors,
         facts.native_float8,
+        facts.dependent_launch,
         device,
     )
+
+
+def warm_up(
+    problem: Problem,
+    workspace: MlaWorkspace,
+    cache: Tensor,
+    pages: PageTable,
+    max_rows: int,
+    *,
+    lse: bool = False,
+    cache_scale: Tensor | None = None,
+) -> None:
+    """Compile everything that steps of a model can need, so that nothing compiles while it serves.
+
+    Runs steps without keys, of 1, 2, 4, ... rows: the merge and the schedule are compiled for the number of rows, the
+    attention only once. The cache is not read and not written.
+
+    Args:
+        problem: the model's.
+        workspace: made for it; what was prepared in it is lost.
+        cache: the model's, since kernels are compiled for its strides.
+        pages: as the steps will have it; of `rows` only the type counts.
+        max_rows: the most rows of a step.
+        lse: whether it will be asked for.
+        cache_scale: as it will be given.
+    """
+    device, heads, rank = cache.device, problem.q_heads, problem.value_size
+    queries = max(1, problem.max_query)
+    dtype = getattr(torch, problem.dtype)
+    sizes = sorted({min(1 << i, max_rows) for i in range(max_rows.bit_length() + 1)})
+    for rows in sizes:
+        tokens = rows * queries
+        step = Step(
+            torch.arange(0, tokens + 1, queries, dtype=torch.int32, device=device),
+            torch.zeros(rows, dtype=torch.int32, device=device),
+            PageTable(pages.table, pages.page_size, None if pages.rows is None else pages.rows.new_zeros(rows)),
+            queries,
+            1,
+        )
+        q_nope = torch.zeros(tokens, heads, rank, dtype=dtype, device=device)
+        q_pe = torch.zeros(tokens, heads, problem.head_size - rank, dtype=dtype, device=device)
+        workspace.prepare(step)
+        mla_decode(
+            q_nope,
+            q_pe,
+            cache,
+            step,
+            torch.empty_like(q_nope),
+            scale=1.0,
+            causal="non_causal" not in problem.features,
+            lse=torch.empty(tokens, heads, device=device) if lse else None,
+            cache_scale=cache_scale,
+            workspace=workspace,
+        )
 
 
 def mla_decode(
@@ -376,7 +551,8 @@ def mla_decode(
         schedule.shape.parts,
         *q_nope.stride(),
         *q_pe.stride(),
-        *cache.stride(),
+        cache.stride(0),
+        cache.stride(2),
         step.pages.table.stride(0),
         *out.stride(),
         *(lse.stride() if lse is not None else (0, 0)),
@@ -385,6 +561,7 @@ def mla_decode(
         LATENT=rank,
         ROPE=q_pe.shape[-1],
         PAGE=step.pages.page_size,
+        PLACE_STRIDE=cache.stride(1),
         ROWS=tile["rows"],
         KEYS=tile["keys"],
         TRANSPOSED=bool(tile["transposed"]),
@@ -393,7 +570,8 @@ def mla_decode(
         NATIVE=workspace.native_float8,
         HAS_TABLE_ROWS=step.pages.rows is not None,
         HAS_LSE=lse is not None,
+        OVERLAPPED=workspace.overlapped,
         num_warps=tile["warps"],
         num_stages=tile["stages"],
     )
-    merge_items(workspace, out, lse, cut.block * heads)
+    merge_items(workspace, out, lse, cut.block * heads, workspace.overlapped)

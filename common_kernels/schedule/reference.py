@@ -33,6 +33,8 @@ class ScheduleShape:
         right: how far ahead it sees, 0 where causal; -1 for all. A schedule that sees more than the mask is right too:
             the kernel masks.
         minimum_share: tiles; a part gets no fewer while others have none.
+        spare: tiles by which the longest part may exceed an equal share, so that parts end where items end if all items
+            are alike; see `active_parts`.
         longest: rows with more queries than this get no items, since another kernel serves them; 0 for no bound,
             and otherwise no less than `block`.
     """
@@ -44,6 +46,7 @@ class ScheduleShape:
     left: int = -1
     right: int = -1
     minimum_share: int = 1
+    spare: int = 0
     longest: int = 0
 
 
@@ -143,6 +146,26 @@ def tiles_of(item: Item, tile: int) -> int:
     return max(-(-(item.end_key - item.first_key) // tile), 1) if item.queries else 0
 
 
+def active_parts(shape: ScheduleShape, tiles: Sequence[int]) -> int:
+    """How many parts the line of tiles is cut into; the others idle.
+
+    All of them, unless there is too little to do. Where all items are alike, a few parts may idle so that the cuts fall
+    on the ends of items: beginning another item and leaving another partial cost as much as several tiles.
+
+    Args:
+        shape: what does not change from step to step.
+        tiles: of each item.
+    """
+    total, count = sum(tiles), sum(n > 0 for n in tiles)
+    active = min(shape.parts, -(-total // shape.minimum_share))
+    if not shape.spare or active < shape.parts or max(tiles, default=0) * count != total:
+        return active
+    each = -(-count // shape.parts)  # items of a part, or else one, cut into several parts
+    even = shape.parts // count * count if count <= shape.parts else count // each
+    fits = count % each == 0 and -(-total // even) <= -(-total // shape.parts) + shape.spare
+    return even if fits else active
+
+
 def part_of_tile(place: int, total: int, active: int) -> int:
     """Which of `active` parts the tile at `place` of the line belongs to: part p begins at `p * total // active`."""
     return ((place + 1) * active - 1) // total
@@ -166,7 +189,7 @@ def schedule(shape: ScheduleShape, lengths: Sequence[int], query_starts: Sequenc
     for item in items:
         starts.append(starts[-1] + tiles_of(item, shape.tile))
     total = starts[-1]
-    active = min(shape.parts, -(-total // shape.minimum_share))
+    active = active_parts(shape, [tiles_of(item, shape.tile) for item in items])
 
     partials = 0
     for i, item in enumerate(items):

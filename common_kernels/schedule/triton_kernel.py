@@ -122,10 +122,12 @@ def schedule_kernel(
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     MINIMUM_SHARE: tl.constexpr,
+    SPARE: tl.constexpr,
     LONGEST: tl.constexpr,  # longer rows get no items; 0 for no bound, and never below BLOCK
     ONE_BLOCK: tl.constexpr,  # no row has more queries than an item: items are rows
     STEPS: tl.constexpr,  # halvings that reduce the number of items, or of rows, to one
     CHUNK: tl.constexpr,
+    PARTS_CHUNK: tl.constexpr,
 ) -> None:
     """Fill the tables of a step; see `DeviceSchedule.launch`."""
     lanes = tl.arange(0, CHUNK)
@@ -146,6 +148,8 @@ def schedule_kernel(
         tl.debug_barrier()  # the program's other threads read row_items
 
     total = rows * 0
+    count = rows * 0  # items that have tiles
+    most = rows * 0  # tiles of the longest
     for start in range(0, item_count, CHUNK):
         _, _, queries, _, first_key, end_key = _describe(
             start + lanes,
@@ -161,8 +165,17 @@ def schedule_kernel(
             ONE_BLOCK,
             STEPS,
         )
-        total += tl.sum(tiles_of(queries, first_key, end_key, TILE))
+        tiles = tiles_of(queries, first_key, end_key, TILE)
+        total += tl.sum(tiles)
+        if SPARE > 0:
+            count += tl.sum((tiles > 0).to(tl.int32))
+            most = tl.maximum(most, tl.max(tiles))
     active = tl.minimum(parts, tl.cdiv(total, MINIMUM_SHARE))
+    if SPARE > 0 and (active == parts) & (most * count == total):
+        each = tl.cdiv(count, parts)
+        even = tl.where(count <= parts, parts // count * count, count // each)
+        fits = (count % each == 0) & (tl.cdiv(total, even) <= tl.cdiv(total, parts) + SPARE)
+        active = tl.where(fits, even, active)
     divisor = tl.maximum(total, 1)
 
     tiles_before = rows * 0
@@ -194,8 +207,8 @@ def schedule_kernel(
         partials_before += tl.sum(partials)
     tl.debug_barrier()  # the program's other threads read item_starts
 
-    for start in range(0, parts, CHUNK):
-        part = start + lanes
+    for start in range(0, parts, PARTS_CHUNK):
+        part = start + tl.arange(0, PARTS_CHUNK)
         busy = part < active
         begin = (part.to(tl.int64) * total // tl.maximum(active, 1)).to(tl.int32)
         end = ((part.to(tl.int64) + 1) * total // tl.maximum(active, 1)).to(tl.int32)
@@ -249,7 +262,7 @@ class DeviceSchedule:
             raise ValueError(f"the step has {rows} rows, the workspace was made for {self.max_rows}")
         one_block = 0 < step.max_query <= shape.block
         items = min(shape.max_items, most_items(rows, shape.max_items * shape.block, shape.block, step.max_query))
-        chunk, steps = launch_sizes(rows, shape.max_items if not one_block else rows, shape.parts)
+        chunk, steps = launch_sizes(rows if one_block else max(rows, items))
         schedule_kernel[(1,)](
             step.lengths,
             step.query_starts,
@@ -264,22 +277,21 @@ class DeviceSchedule:
             LEFT=shape.left,
             RIGHT=shape.right,
             MINIMUM_SHARE=shape.minimum_share,
+            SPARE=shape.spare,
             LONGEST=shape.longest,
             ONE_BLOCK=one_block,
             STEPS=steps,
             CHUNK=chunk,
+            PARTS_CHUNK=min(MOST_AT_ONCE, triton.next_power_of_2(shape.parts)),
             num_warps=8,
         )
         return items
 
 
-def launch_sizes(rows: int, items: int, parts: int) -> tuple[int, int]:
-    """How many items or parts the schedule kernel handles together, and the halvings of its searches.
+def launch_sizes(items: int) -> tuple[int, int]:
+    """How many items the schedule kernel handles together, and the halvings of its searches among so many or rows.
 
-    Few values, so that few variants are compiled: a chunk of 256 or of 1024, and halvings for as many items as the
-    chunk, or for 2^20.
+    Few values, so that few variants are compiled: chunks of 256 or of 1024, and halvings for as many items as the
+    smaller chunk, or for 2^20.
     """
-    widest = max(rows, items, parts)
-    chunk = 256 if widest <= 256 else MOST_AT_ONCE
-    steps = (chunk - 1).bit_length() if max(rows, items) <= chunk else 20
-    return chunk, steps
+    return (256, 8) if items <= 256 else (MOST_AT_ONCE, 20)

@@ -9,12 +9,14 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from cases import MlaCase, assert_close, build_mla
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import mla_cases
 
 from taut.common_kernels import portable
+from taut.common_kernels.mla_decode.triton_kernel import warm_up
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,7 +30,8 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder: Path = tmp_path_factory.mktemp("tables")
     made = {}
     for name, transposed in FORMS.items():
-        tile = {"keys": 16, "rows": 16, "transposed": transposed, "warps": 4, "stages": 1, "programs": 2, "share": 1}
+        tile = {"keys": 16, "rows": 16, "transposed": transposed, "warps": 4, "stages": 1, "programs": 2}
+        tile |= {"share": 1, "spare": 2}
         path = folder / f"{name}.json"
         table = {"about": "", "vendor": "nvidia", "targets": [], "shared_memory": 0}
         path.write_text(json.dumps(table | {"operations": {"mla_decode": [{"when": {}, "tile": tile}]}}))
@@ -68,6 +71,18 @@ def test_head_counts_and_several_queries(forms: dict[str, Any], form: str, heads
     )
     inputs = build_mla(case)
     assert_close(inputs.run(forms[form]), inputs.expected(), case.dtype)
+
+
+def test_warm_up_leaves_the_cache_alone(forms: dict[str, Any]) -> None:
+    case = MlaCase(lengths=(70, 0, 5), queries=(1, 1, 1), q_heads=3, indirect=True, padded_rows=1)
+    inputs = build_mla(case)
+    workspace = forms["plain"].workspace(case.problem(), 5, 5, "cpu")
+    cache = inputs.arguments[2]
+    before = cache.clone()
+    warm_up(case.problem(), workspace, cache, inputs.step.pages, 5, lse=True)
+    assert torch.equal(before, cache) or torch.allclose(before, cache, equal_nan=True)
+    workspace.prepare(inputs.step)
+    assert_close(inputs.call(portable.mla_decode, workspace=workspace), inputs.expected(), case.dtype)
 
 
 def test_the_published_shape(forms: dict[str, Any]) -> None:

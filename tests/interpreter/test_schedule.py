@@ -12,7 +12,8 @@ from taut.common_kernels.step import PageTable, Step
 
 
 @given(
-    rows=st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 9)), max_size=40),
+    rows=st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 9)), max_size=40)
+    | st.builds(lambda row, count: [row] * count, st.tuples(st.integers(0, 20000), st.just(1)), st.integers(1, 300)),
     many=st.sampled_from((1, 1, 30)),
     parts=st.sampled_from((1, 7, 132, 300)),
     tile=st.sampled_from((16, 64)),
@@ -20,17 +21,26 @@ from taut.common_kernels.step import PageTable, Step
     left=st.sampled_from((-1, 0, 100)),
     right=st.sampled_from((-1, 0)),
     share=st.sampled_from((1, 3)),
+    spare=st.sampled_from((0, 9)),
 )
 @settings(max_examples=25)
 def test_equals_its_twin(
-    rows: list[tuple[int, int]], many: int, parts: int, tile: int, block: int, left: int, right: int, share: int
+    rows: list[tuple[int, int]],
+    many: int,
+    parts: int,
+    tile: int,
+    block: int,
+    left: int,
+    right: int,
+    share: int,
+    spare: int,
 ) -> None:
     rows = rows * many
     lengths, queries = [n for n, _ in rows], [m for _, m in rows]
     starts = [0, *torch.tensor(queries, dtype=torch.int64).cumsum(0).tolist()]
     max_query = max(queries, default=0)
     max_items = most_items(len(rows), starts[-1], block, max_query)
-    shape = ScheduleShape(parts, max_items, tile, block, left, right, share)
+    shape = ScheduleShape(parts, max_items, tile, block, left, right, share, spare)
     step = Step(
         torch.tensor(starts, dtype=torch.int32),
         torch.tensor(lengths, dtype=torch.int32),

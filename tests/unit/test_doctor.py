@@ -444,7 +444,7 @@ def test_json_keys() -> None:
     ]
     assert all(list(finding) == ["level", "about", "says", "advice"] for finding in data["findings"])
     assert data["model"]["asked"][0]["problem"]["features"] == ["causal"]
-    assert data["providers"][0]["capabilities"][0]["targets"] == ["any"]
+    assert data["providers"][-1]["capabilities"][0]["targets"] == ["any"]
     assert doctor.command.__doc__ is not None
     for key in data:
         assert key in doctor.command.__doc__

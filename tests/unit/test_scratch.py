@@ -1,0 +1,33 @@
+"""The scratch is small, and its size is known beforehand."""
+
+from __future__ import annotations
+
+import pytest
+
+from taut.common_kernels.schedule.reference import most_items, parts_that_fit
+from taut.common_kernels.scratch import Scratch, scratch_bytes
+
+
+def mla_scratch(heads: int, rows: int, multiprocessors: int = 132) -> int:
+    """Of `mla_decode` with tiles of 64 rows, or 16 for few heads."""
+    tile = 64 if heads > 16 else 16
+    head_blocks = -(-heads // tile)
+    parts = parts_that_fit(multiprocessors, 1, head_blocks)
+    return scratch_bytes(parts, most_items(rows, rows, 1, 1), head_blocks * tile, 512)
+
+
+def test_does_not_grow_with_the_context_or_much_with_the_rows() -> None:
+    """No argument is a length; the stock kernel reserves 8.3 GiB for 16 heads, 1024 rows and 160 thousand tokens."""
+    assert mla_scratch(128, 1024) < 256 * 2**20
+    assert mla_scratch(128, 1024) == mla_scratch(128, 66)
+
+
+def test_pinned() -> None:
+    assert mla_scratch(128, 1024) == 34_145_280
+    assert mla_scratch(16, 1024) == 8_601_984
+
+
+def test_tells_what_is_allocated() -> None:
+    pytest.importorskip("torch")
+    scratch = Scratch(parts=5, items=3, rows=16, value_size=8, device="cpu")
+    assert scratch.size_in_bytes == scratch_bytes(5, 3, 16, 8)
