@@ -152,6 +152,25 @@ def test_two_steps_of_two_rows(window: int | None, monkeypatch: pytest.MonkeyPat
             torch.testing.assert_close(out[own], expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_float8_cache_is_written_and_read_with_the_layers_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM hands a quantised cache over as bytes; keys as large as these saturate unless they are scaled."""
+    torch.manual_seed(0)
+    implementation = layer(kv_cache_dtype="fp8")
+    metadata = builder(implementation, monkeypatch).build(0, batch([18, 7], [18, 7]))
+    scales = SimpleNamespace(_k_scale=torch.tensor(8.0), _v_scale=torch.tensor(0.01))
+    cache = torch.full((PAGES, KV_HEADS, PAGE, 2 * SIZE), 0x7F, dtype=torch.uint8)  # NaN in e4m3
+    query = torch.randn(25, HEADS, SIZE) / 1000
+    key, value = 1000 * torch.randn(25, KV_HEADS, SIZE), torch.randn(25, KV_HEADS, SIZE)
+    out, exact = (torch.full((25, HEADS, SIZE), torch.nan) for _ in range(2))
+    implementation.do_kv_cache_update(scales, key, value, cache, metadata.slot_mapping)
+    implementation.forward(scales, query, key, value, cache, metadata, out)
+    starts = metadata.step.query_starts
+    reference.ragged_attention(
+        query, key, value, starts, starts, Mask(), exact, scale=SIZE**-0.5, max_query=18, max_length=18
+    )
+    assert (out - exact).norm() / exact.norm() < 0.1
+
+
 def test_an_encoder_sees_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     implementation = layer(attn_type=AttentionType.ENCODER_ONLY)
