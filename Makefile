@@ -31,7 +31,7 @@ lint: $(VENV)/tests.done
 
 unit: $(VENV)/tests.done
 	@echo "==> tests without an engine"
-	$(BIN)/python -m pytest -q tests/unit tests/reference tests/package
+	$(BIN)/python -m pytest -q tests/unit tests/reference tests/adapters tests/package
 
 engines: $(VENV)/tests.done $(MODEL)/config.json
 	@echo "==> tests with the real engine and the real model"
