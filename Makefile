@@ -9,7 +9,7 @@ MODEL := .models/SmolLM2-135M-Instruct
 PIP := $(BIN)/python -m pip --disable-pip-version-check install $(shell [ -t 2 ] || echo -q)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit engines environment model clean
+.PHONY: help demo test lint unit kernels engines environment model clean
 
 help:
 	@echo "make demo   text from a real engine, its own attention beside ours (sets everything up first)"
@@ -20,7 +20,7 @@ demo: $(VENV)/engine.done $(MODEL)/config.json
 	@echo "==> generating with the engine's own attention and with ours"
 	@$(BIN)/taut demo --model $(MODEL)
 
-test: lint unit engines
+test: lint unit kernels engines
 
 lint: $(VENV)/tests.done
 	@echo "==> lint, format and types"
@@ -32,6 +32,13 @@ lint: $(VENV)/tests.done
 unit: $(VENV)/tests.done
 	@echo "==> tests without an engine"
 	$(BIN)/python -m pytest -q tests/unit tests/reference tests/adapters tests/package
+
+# Triton's interpreter must be chosen before triton is imported, and compiling needs it off: a process for each.
+kernels: $(VENV)/tests.done
+	@echo "==> the Triton kernels under the interpreter, on the CPU, against the reference"
+	$(BIN)/python -m pytest -q tests/interpreter
+	@echo "==> every kernel compiled for every GPU target, without a GPU"
+	$(BIN)/python -m pytest -q tests/compile
 
 engines: $(VENV)/tests.done $(MODEL)/config.json
 	@echo "==> tests with the real engine and the real model"
