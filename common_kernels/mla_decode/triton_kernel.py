@@ -11,8 +11,9 @@ The softmax is the running one of FlashAttention-2 (arXiv 2307.08691), in powers
 
 What a tile table tells this operation (see `tiles`): facts `rows` (heads times queries that share keys), `rank` (C)
 and `cache_bytes` (of an element); numbers `keys` and `rows` of a tile, `transposed` (0 or 1), `warps`, `stages` of
-the pipeline, `programs` that share a multiprocessor, `share`, the least tiles worth a part of their own, and `spare`,
-the tiles that it takes as long to begin another item as to work through.
+the pipeline, `programs` that share a multiprocessor, `share`, the least tiles worth a part of their own, `apart` (0
+or 1), whether the last tile of an item has a loop of its own, so that the others need no masks, and `spare`, the
+tiles that it takes as long to begin another item as to work through.
 """
 
 from __future__ import annotations
@@ -209,6 +210,8 @@ def mla_decode_kernel(
     NATIVE: tl.constexpr,
     HAS_TABLE_ROWS: tl.constexpr,
     HAS_LSE: tl.constexpr,
+    APART: tl.constexpr,  # whether an item's last tile has a loop of its own
+    FAR: tl.constexpr,  # whether the heads of one token lie 2^31 elements apart
     OVERLAPPED: tl.constexpr,  # whether the merge is launched so that it may start before this kernel has ended
 ) -> None:
     """One program works through one part for one block of heads; see `mla_decode`."""
@@ -219,7 +222,9 @@ def mla_decode_kernel(
     head_block = tl.program_id(0) % HEAD_BLOCKS
     row_ids = tl.arange(0, ROWS)
     flat = head_block * ROWS + row_ids  # heads of the item's first query, then of its second, ...
-    head = flat % HEADS
+    query, head = flat // HEADS, flat % HEADS
+    if FAR:
+        query, head = query.to(tl.int64), head.to(tl.int64)
     columns = tl.arange(0, LATENT)
     rope_columns = tl.arange(0, ROPE)
     if QUANTISED:
@@ -243,34 +248,24 @@ def mla_decode_kernel(
         end = tl.where(item == last_item, end_tile, tiles_of(queries, first_key, end_key, KEYS))
         end = tl.minimum(end, key_tiles)
 
-        query = flat // HEADS
         live = query < queries
-        token = (first_query + query).to(tl.int64)
         position = first_position + query
+        # One far address for an item, and near offsets from it.
+        first_token = first_query.to(tl.int64)
+        nope_rows = query * nope_stride_t + head * nope_stride_h
+        pe_rows = query * pe_stride_t + head * pe_stride_h
         if TRANSPOSED:
-            nope = tl.load(
-                q_nope + (token * nope_stride_t + head * nope_stride_h)[None, :] + columns[:, None] * nope_stride_d,
-                mask=live[None, :],
-                other=0.0,
-            )
-            pe = tl.load(
-                q_pe + (token * pe_stride_t + head * pe_stride_h)[None, :] + rope_columns[:, None] * pe_stride_d,
-                mask=live[None, :],
-                other=0.0,
-            )
+            nope_at = nope_rows[None, :] + columns[:, None] * nope_stride_d
+            pe_at = pe_rows[None, :] + rope_columns[:, None] * pe_stride_d
+            q_here = live[None, :]
             acc = tl.zeros([LATENT, ROWS], tl.float32)
         else:
-            nope = tl.load(
-                q_nope + (token * nope_stride_t + head * nope_stride_h)[:, None] + columns[None, :] * nope_stride_d,
-                mask=live[:, None],
-                other=0.0,
-            )
-            pe = tl.load(
-                q_pe + (token * pe_stride_t + head * pe_stride_h)[:, None] + rope_columns[None, :] * pe_stride_d,
-                mask=live[:, None],
-                other=0.0,
-            )
+            nope_at = nope_rows[:, None] + columns[None, :] * nope_stride_d
+            pe_at = pe_rows[:, None] + rope_columns[None, :] * pe_stride_d
+            q_here = live[:, None]
             acc = tl.zeros([ROWS, LATENT], tl.float32)
+        nope = tl.load(q_nope + first_token * nope_stride_t + nope_at, mask=q_here, other=0.0)
+        pe = tl.load(q_pe + first_token * pe_stride_t + pe_at, mask=q_here, other=0.0)
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
 
@@ -278,62 +273,64 @@ def mla_decode_kernel(
         if HAS_TABLE_ROWS:
             table_row = tl.load(table_rows + row).to(tl.int64)
         pages = table + table_row * table_stride
-        # Whole tiles by themselves: their addresses and scores need no care.
-        whole = tl.maximum(tl.minimum(end, (end_key - first_key) // KEYS), begin)
-        acc, top, total = _attend_tiles(
-            acc,
-            top,
-            total,
-            nope,
-            pe,
-            cache,
-            cache_stride_page,
-            cache_stride_d,
-            pages,
-            begin,
-            whole,
-            first_key,
-            end_key,
-            position,
-            scale,
-            LATENT,
-            ROPE,
-            PAGE,
-            PLACE_STRIDE,
-            KEYS,
-            TRANSPOSED,
-            CAUSAL,
-            QUANTISED,
-            NATIVE,
-            False,
-        )
-        acc, top, total = _attend_tiles(
-            acc,
-            top,
-            total,
-            nope,
-            pe,
-            cache,
-            cache_stride_page,
-            cache_stride_d,
-            pages,
-            whole,
-            end,
-            first_key,
-            end_key,
-            position,
-            scale,
-            LATENT,
-            ROPE,
-            PAGE,
-            PLACE_STRIDE,
-            KEYS,
-            TRANSPOSED,
-            CAUSAL,
-            QUANTISED,
-            NATIVE,
-            True,
-        )
+        rest = begin
+        if APART:  # whole tiles by themselves: their addresses and scores need no care
+            rest = tl.maximum(tl.minimum(end, (end_key - first_key) // KEYS), begin)
+            acc, top, total = _attend_tiles(
+                acc,
+                top,
+                total,
+                nope,
+                pe,
+                cache,
+                cache_stride_page,
+                cache_stride_d,
+                pages,
+                begin,
+                rest,
+                first_key,
+                end_key,
+                position,
+                scale,
+                LATENT,
+                ROPE,
+                PAGE,
+                PLACE_STRIDE,
+                KEYS,
+                TRANSPOSED,
+                CAUSAL,
+                QUANTISED,
+                NATIVE,
+                False,
+            )
+        if rest < end:
+            acc, top, total = _attend_tiles(
+                acc,
+                top,
+                total,
+                nope,
+                pe,
+                cache,
+                cache_stride_page,
+                cache_stride_d,
+                pages,
+                rest,
+                end,
+                first_key,
+                end_key,
+                position,
+                scale,
+                LATENT,
+                ROPE,
+                PAGE,
+                PLACE_STRIDE,
+                KEYS,
+                TRANSPOSED,
+                CAUSAL,
+                QUANTISED,
+                NATIVE,
+                True,
+            )
 
         seen_any = total > 0.0
         inverse = 1.0 / tl.where(seen_any, total, 1.0)
@@ -343,21 +340,23 @@ def mla_decode_kernel(
         acc = acc * (inverse[None, :] if TRANSPOSED else inverse[:, None])
         if splits > 1:
             slot = first_partial + tl.where(item == first_item, split, 0)
-            place = slot.to(tl.int64) * (HEAD_BLOCKS * ROWS) + flat
-            tl.store(partial_lses + place, natural, mask=live)
+            first_row = slot.to(tl.int64) * (HEAD_BLOCKS * ROWS)
+            tl.store(partial_lses + first_row + flat, natural, mask=live)
             if TRANSPOSED:
-                tl.store(partials + (place * LATENT)[None, :] + columns[:, None], acc, mask=live[None, :])
+                acc_at = (flat * LATENT)[None, :] + columns[:, None]
             else:
-                tl.store(partials + (place * LATENT)[:, None] + columns[None, :], acc, mask=live[:, None])
+                acc_at = (flat * LATENT)[:, None] + columns[None, :]
+            tl.store(partials + first_row * LATENT + acc_at, acc.to(partials.dtype.element_ty), mask=q_here)
         elif splits == 1:
-            place = token * out_stride_t + head * out_stride_h
             if HAS_LSE:
-                tl.store(lse + token * lse_stride_t + head * lse_stride_h, natural, mask=live)
-            result = acc.to(out.dtype.element_ty)
+                lse_at = query * lse_stride_t + head * lse_stride_h
+                tl.store(lse + first_token * lse_stride_t + lse_at, natural, mask=live)
+            out_rows = query * out_stride_t + head * out_stride_h
             if TRANSPOSED:
-                tl.store(out + place[None, :] + columns[:, None] * out_stride_d, result, mask=live[None, :])
+                out_at = out_rows[None, :] + columns[:, None] * out_stride_d
             else:
-                tl.store(out + place[:, None] + columns[None, :] * out_stride_d, result, mask=live[:, None])
+                out_at = out_rows[:, None] + columns[None, :] * out_stride_d
+            tl.store(out + first_token * out_stride_t + out_at, acc.to(out.dtype.element_ty), mask=q_here)
 
 
 @dataclass(frozen=True)
@@ -406,6 +405,8 @@ class MlaWorkspace(ScheduledWorkspace):
         multiprocessors: of the device.
         native_float8: whether the device converts e4m3 by itself.
         overlapped: whether the device can start a kernel before the one ahead of it has ended.
+        partial_dtype: of the partial results; that of the output has range enough, since they are means of the same
+            values, and half of float32's traffic.
         device: where everything lies.
     """
 
@@ -419,6 +420,7 @@ class MlaWorkspace(ScheduledWorkspace):
         multiprocessors: int,
         native_float8: bool,
         overlapped: bool,
+        partial_dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
         tile = cut.tile
@@ -430,7 +432,7 @@ class MlaWorkspace(ScheduledWorkspace):
             minimum_share=tile["share"],
             spare=tile["spare"],
         )
-        super().__init__(shape, max_rows, cut.head_blocks * tile["rows"], rank, device)
+        super().__init__(shape, max_rows, cut.head_blocks * tile["rows"], rank, device, partial_dtype)
         self.cut = cut
         self.native_float8 = native_float8
         self.overlapped = overlapped
@@ -454,6 +456,7 @@ def workspace(
         facts.multiprocessors,
         facts.native_float8,
         facts.dependent_launch,
+        getattr(torch, problem.dtype),
         device,
     )
 
@@ -570,6 +573,8 @@ def mla_decode(
         NATIVE=workspace.native_float8,
         HAS_TABLE_ROWS=step.pages.rows is not None,
         HAS_LSE=lse is not None,
+        APART=bool(tile["apart"]),
+        FAR=heads * max(*q_nope.stride(), *q_pe.stride(), *out.stride()) >= 2**31,
         OVERLAPPED=workspace.overlapped,
         num_warps=tile["warps"],
         num_stages=tile["stages"],

@@ -31,7 +31,7 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     made = {}
     for name, transposed in FORMS.items():
         tile = {"keys": 16, "rows": 16, "transposed": transposed, "warps": 4, "stages": 1, "programs": 2}
-        tile |= {"share": 1, "spare": 2}
+        tile |= {"share": 1, "spare": 2, "apart": transposed}
         path = folder / f"{name}.json"
         table = {"about": "", "vendor": "nvidia", "targets": [], "shared_memory": 0}
         path.write_text(json.dumps(table | {"operations": {"mla_decode": [{"when": {}, "tile": tile}]}}))
