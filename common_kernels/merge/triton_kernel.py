@@ -28,25 +28,19 @@ def combine(
     lse_stride: tl.tensor,
     rows_here: tl.tensor,
     splits: tl.tensor,
-    SPLITS: tl.constexpr,  # a power of two, at least `splits`
     CHUNK: tl.constexpr,  # parts read together
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     ALL_WRITTEN: tl.constexpr,  # whether empty parts hold numbers too: then no load waits for an LSE
 ) -> tl.tensor:
     """Attention of some rows from its parts: [ROWS, COLUMNS] float32, and the LSEs; parts of LSE -inf stay unread."""
-    every = tl.arange(0, SPLITS)[:, None]
-    here = (every < splits) & rows_here[None, :]
-    all_lses = tl.load(lses[None, :] + every * lse_stride, mask=here, other=float("-inf")) * LOG2_E
-    top = tl.max(all_lses, 0)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp2(all_lses - top[None, :]), 0)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
     mixed = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, splits, CHUNK):
         split = start + tl.arange(0, CHUNK)[:, None]
         wanted = (split < splits) & rows_here[None, :]
         part_lses = tl.load(lses[None, :] + split * lse_stride, mask=wanted, other=float("-inf")) * LOG2_E
-        weights = tl.exp2(part_lses - top[None, :])
         if not ALL_WRITTEN:
             wanted = part_lses > float("-inf")
         numbers = tl.load(
@@ -54,9 +48,17 @@ def combine(
             mask=wanted[:, :, None] & columns_here[None, None, :],
             other=0.0,
         )
-        mixed += tl.sum(weights[:, :, None] * numbers.to(tl.float32), 0)
-    lse = tl.where(total > 0.0, (top + tl.log2(total)) * LN2, float("-inf"))
-    return mixed / tl.where(total > 0.0, total, 1.0)[:, None], lse
+        # The running softmax of attention itself: a round takes one wait for memory, not two.
+        new_top = tl.maximum(top, tl.max(part_lses, 0))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp2(part_lses - base[None, :])
+        decay = tl.exp2(top - base)
+        total = total * decay + tl.sum(weights, 0)
+        mixed = mixed * decay[:, None] + tl.sum(weights[:, :, None] * numbers.to(tl.float32), 0)
+        top = new_top
+    seen = total > 0.0
+    safe = tl.where(seen, total, 1.0)
+    return mixed / safe[:, None], tl.where(seen, (top + tl.log2(safe)) * LN2, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["count", "tokens"])
@@ -83,7 +85,6 @@ def merge_kernel(
     VALUE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    SPLITS: tl.constexpr,
     CHUNK: tl.constexpr,
     HAS_LSE: tl.constexpr,
 ) -> None:
@@ -102,7 +103,6 @@ def merge_kernel(
         tl.cast(lse_stride_s, tl.int64),
         here,
         count,
-        SPLITS,
         CHUNK,
         ROWS,
         COLUMNS,
@@ -136,7 +136,6 @@ def merge(parts: Tensor, part_lses: Tensor, out: Tensor, lse: Tensor | None = No
         VALUE=value,
         ROWS=rows,
         COLUMNS=columns,
-        SPLITS=max(2, triton.next_power_of_2(count)),
         CHUNK=min(8, max(2, triton.next_power_of_2(count))),
         HAS_LSE=lse is not None,
         num_warps=4,
@@ -161,7 +160,6 @@ def merge_items_kernel(
     VALUE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    SPLITS: tl.constexpr,
     CHUNK: tl.constexpr,
     BY_ITEM: tl.constexpr,
     HAS_LSE: tl.constexpr,
@@ -195,7 +193,6 @@ def merge_items_kernel(
             PARTIAL_ROWS,
             here,
             splits,
-            SPLITS,
             CHUNK,
             ROWS,
             COLUMNS,
@@ -244,7 +241,6 @@ def merge_items(
         VALUE=value,
         ROWS=together,
         COLUMNS=columns,
-        SPLITS=triton.next_power_of_2(shape.parts),
         CHUNK=chunk,
         BY_ITEM=by_item,
         HAS_LSE=lse is not None,

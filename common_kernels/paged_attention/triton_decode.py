@@ -1,8 +1,9 @@
 """Few queries on many keys: the parts of a schedule, each with an equal share of the step's tiles of keys.
 
-The query heads that share a key-value head stand together, one below another, so that every key is read once. A program
-goes through its part's work items; an item that lies in one part is written to the output, and of one that is split each part
-leaves its partial output and LSE in scratch, for `merge`.
+The query heads that share a key-value head stand together, one below another, so that every key is read once. A
+program goes through its part's work items; an item that lies in one part is written to the output, and of one that is
+split each part leaves its partial output and LSE in scratch. The last of an item's parts merges them, where an item has
+few; where it may have many, `merge_items` does, all over the device.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from taut.common_kernels.merge.triton_kernel import combine
 from taut.common_kernels.paged_attention.triton_softmax import (
     LOG2E,
     LOWEST,
@@ -32,6 +34,7 @@ def decode_kernel(
     lse: tl.tensor,  # [T, Hq] or None
     partials: tl.tensor,  # [partials, QUERIES, Hq, V] float32
     partial_lses: tl.tensor,  # [partials, QUERIES, Hq] float32
+    arrivals: tl.tensor,  # [items, head blocks] int32, zeros before and after, or None where `merge_items` follows
     key_scale: tl.tensor,  # [1] or [Hk], or None
     value_scale: tl.tensor,
     sinks: tl.tensor,  # [Hq] or None
@@ -39,7 +42,6 @@ def decode_kernel(
     items: tl.tensor,  # the schedule
     parts: tl.tensor,
     query_starts: tl.tensor,  # [R + 1]
-    lengths: tl.tensor,  # [R]
     table: tl.tensor,  # [*, pages]
     table_rows: tl.tensor,  # [R], or None
     tokens: tl.tensor,
@@ -69,6 +71,9 @@ def decode_kernel(
     GROUP: tl.constexpr,  # query heads of one key-value head
     PACK: tl.constexpr,  # of them, how many share a program
     QUERIES: tl.constexpr,  # the most queries of an item
+    ONE_ITEM: tl.constexpr,  # whether the schedule has one item
+    MERGE_CHUNK: tl.constexpr,  # partials read together, where the last part merges
+    OVERLAPPED: tl.constexpr,  # whether the merge is launched so that it may start before this kernel has ended
     PADDING: tl.constexpr,  # whether queries past the last row are written here
     KEY_HEAD_SCALES: tl.constexpr,  # whether there is a scale for each head
     VALUE_HEAD_SCALES: tl.constexpr,
@@ -89,10 +94,25 @@ def decode_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
+    """One program works through one part for the packed heads of one key-value head; see `triton_kernel.decode`."""
     PACKS: tl.constexpr = (GROUP + PACK - 1) // PACK
     VALUE_SIZE: tl.constexpr = VALUE_MAIN + VALUE_TAIL
+    MERGE_ROWS: tl.constexpr = triton.next_power_of_2(PACK)
+    MERGE_QUERIES: tl.constexpr = MERGE_ROWS // PACK
+    MERGE_COLUMNS: tl.constexpr = VALUE_MAIN * 2 if VALUE_TAIL else VALUE_MAIN
+    merge_lanes = tl.arange(0, MERGE_ROWS)
+    merge_columns = tl.arange(0, MERGE_COLUMNS)
+    merge_group_heads = (tl.program_id(0) % PACKS) * PACK + merge_lanes % PACK
+    merge_heads = tl.program_id(0) // PACKS * GROUP + merge_group_heads
+    merge_ours = (merge_lanes // PACK < MERGE_QUERIES) & (merge_group_heads < GROUP)
     kv_head = tl.program_id(0) // PACKS
     part = tl.program_id(1)
+    if OVERLAPPED:
+        tl.extra.cuda.gdc_launch_dependents()
+    if PADDING:
+        padding_start = tl.load(query_starts + rows)  # early, so that nothing waits for it at the end
+    if ONE_ITEM:  # then the item need not wait for the part to name it
+        row, first_query, queries, first_position, first_key, end_key, splits, first_partial = load_item(items, 0)
     first_item, first_tile, last_item, end_tile, first_split = load_part(parts, part)
 
     lanes = tl.arange(0, BLOCK_M)
@@ -120,8 +140,10 @@ def decode_kernel(
         row_slopes = tl.load(slopes + heads, mask=ours, other=0.0) * LOG2E
 
     for item in range(first_item, last_item + 1):
-        row, first_query, queries, first_position, first_key, end_key, splits, first_partial = load_item(items, item)
-        length = tl.load(lengths + row)
+        if not ONE_ITEM:
+            row, first_query, queries, first_position, first_key, end_key, splits, first_partial = load_item(
+                items, item
+            )
         if table_rows is None:
             table_row = table + row.to(tl.int64) * table_stride
         else:
@@ -146,7 +168,7 @@ def decode_kernel(
 
         # The schedule may serve layers with other windows: what this mask does not see is left out here.
         first_seen, end_seen, _, _ = query_range(
-            first_position, queries, length, left, right, CAUSAL, HAS_LEFT, HAS_RIGHT
+            first_position, queries, end_key, left, right, CAUSAL, HAS_LEFT, HAS_RIGHT
         )
         # All tiles are masked: it costs little beside reading them, and one loop keeps the loads flowing.
         acc, acc_tail, total, top = attend_tiles(
@@ -162,7 +184,7 @@ def decode_kernel(
         factor = tl.full([BLOCK_M], 1.0, tl.float32)
         if sinks is not None:
             sink_scores = tl.load(sinks + heads, mask=ours, other=0.0).to(tl.float32)
-            sees = sees_any(positions, length, left, right, CAUSAL, HAS_LEFT, HAS_RIGHT)
+            sees = sees_any(positions, end_key, left, right, CAUSAL, HAS_LEFT, HAS_RIGHT)
             total, top, factor = add_sinks(total, top, sink_scores, sees & (begin == 0))
         factor = tl.where(total > 0.0, factor / tl.where(total > 0.0, total, 1.0), 0.0)
         if value_scale is not None:
@@ -178,6 +200,39 @@ def decode_kernel(
             if VALUE_TAIL:
                 tl.store(partial_rows[:, None] + value_tail_range[None, :], acc_tail, mask=here[:, None])
             tl.store(partial_lses + places, lse_of(total, top), mask=here)
+            if arrivals is not None:
+                tl.debug_barrier()  # all threads' stores before the count
+                arrived = arrivals + item * tl.num_programs(0) + tl.program_id(0)
+                if tl.atomic_add(arrived, 1, sem="acq_rel") == splits - 1:
+                    tl.store(arrived, 0)
+                    for first in range(0, queries, MERGE_QUERIES):
+                        merge_query = first + merge_lanes // PACK
+                        merge_here = merge_ours & (merge_query < queries)
+                        merge_places = (first_partial.to(tl.int64) * QUERIES + merge_query) * Q_HEADS + merge_heads
+                        mixed, mixed_lse = combine(
+                            partials + merge_places * VALUE_SIZE,
+                            QUERIES * Q_HEADS * VALUE_SIZE,
+                            merge_columns,
+                            merge_columns < VALUE_SIZE,
+                            partial_lses + merge_places,
+                            QUERIES * Q_HEADS,
+                            merge_here,
+                            splits,
+                            MERGE_CHUNK,
+                            MERGE_ROWS,
+                            MERGE_COLUMNS,
+                            True,
+                        )
+                        merge_tokens = (first_query + merge_query).to(tl.int64)
+                        merge_out = out + merge_tokens * out_token_stride + merge_heads * out_head_stride
+                        tl.store(
+                            merge_out[:, None] + merge_columns[None, :] * out_stride,
+                            mixed.to(out.dtype.element_ty),
+                            mask=merge_here[:, None] & (merge_columns < VALUE_SIZE)[None, :],
+                        )
+                        if lse is not None:
+                            merge_lses = lse + merge_tokens * lse_token_stride + merge_heads * lse_head_stride
+                            tl.store(merge_lses, mixed_lse, mask=merge_here)
         else:
             out_rows = out + query_tokens * out_token_stride + heads * out_head_stride
             out_pointers = out_rows[:, None] + value_range[None, :] * out_stride
@@ -191,7 +246,7 @@ def decode_kernel(
 
     if PADDING:
         # Queries past the last row belong to no item: the parts share them out.
-        for token in range(tl.load(query_starts + rows) + part, tokens, tl.num_programs(1)):
+        for token in range(padding_start + part, tokens, tl.num_programs(1)):
             pad = ours & (lane_query == 0)
             pad_rows = out + tl.cast(token, tl.int64) * out_token_stride + heads * out_head_stride
             nothing = tl.zeros([BLOCK_M, VALUE_MAIN], out.dtype.element_ty)

@@ -1,14 +1,15 @@
 """`paged_attention` and `ragged_attention` on the device.
 
-Rows with few new tokens (decode, speculative verification, the tail of a chunk) go to `triton_decode`, where their keys
-are shared out over the whole device by the schedule; rows with more go to `triton_prefill`, where their blocks of queries
-fill it. A step whose rows may have many queries launches both, and each passes over the other's rows.
+Rows with few new tokens (decode, speculative verification, the tail of a chunk) go to `triton_decode`, where their
+keys are shared out over the whole device by the schedule; rows with more go to `triton_prefill`, where their blocks of
+queries fill it. A step whose rows may have many queries launches both, and each passes over the other's rows.
 
-What a tile table tells (see `tiles`), under `paged_decode` and `paged_prefill`. Facts: `rows` (queries times query heads
-that share keys; prefill: query heads that share keys), `key_bytes` (of one cached key and its value, for one head),
-`element_bytes` (of a query's element) and `float8` (0 or 1). Numbers of both: `rows` and `keys` of a tile, `warps`,
-`stages` of the pipeline. Of decode: `programs` that share a multiprocessor, and `share`, the least tiles worth a part of
-their own. Of prefill: `pack`, how many heads that share their keys are taken together.
+What a tile table tells (see `tiles`), under `paged_decode` and `paged_prefill`. Facts: `rows` (queries times query
+heads that share keys; prefill: query heads that share keys), `key_bytes` (of one cached key and its value, for one
+head), `element_bytes` (of a query's element) and `float8` (0 or 1). Numbers of both: `rows` and `keys` of a tile,
+`warps`, `stages` of the pipeline. Of decode: `programs` that share a multiprocessor, `share`, the least tiles worth a
+part of their own, and `spare`, the tiles that a part may have more where rows are then not split. Of prefill: `pack`,
+how many heads that share their keys are taken together.
 """
 
 from __future__ import annotations
@@ -35,13 +36,18 @@ if TYPE_CHECKING:
     from taut.common_kernels.tiles import Tile, TileTable
 
 DECODE_QUERIES = 16  # rows with more new tokens than this are prefilled
+# With so many work items, most of them split among few parts, the last part to finish merges an item: a launch of its
+# own takes longer. With fewer, the partials of an item are many, and are better merged all over the device.
+LEVEL_ITEMS = 4
+MERGED_BY_LAST = 64 * 1024  # numbers in the most partials of a query that one program merges
+MERGED_AT_ONCE = 8 * 1024  # numbers of them that it reads together
 
 
 def halves(size: int) -> tuple[int, int]:
     """A head size as two powers of two, the second 0 where one is enough: 128 -> (128, 0), 192 -> (128, 64).
 
     Raises:
-        ValueError: it is no such sum, or a part has fewer than 16 elements, which is the least that a tensor core takes.
+        ValueError: it is no such sum, or a part has fewer than 16 elements, the least that a tensor core takes.
     """
     main = 1 << (size.bit_length() - 1)
     tail = size - main
@@ -67,11 +73,17 @@ class PagedWorkspace(ScheduledWorkspace):
         shape: of the schedule.
         tile: of the decode kernel.
         pack: query heads of a group that share a program.
+        head_blocks: programs that the heads of an item are cut into.
         max_rows: the most rows of a step.
         q_heads: Hq.
         value_size: V.
         table_path: the tile table that the user named, if any.
         device: where everything lies.
+
+    Attributes:
+        arrivals: [items, head blocks] int32: how many parts of a split item are done. Zeros between launches. None
+            where merging an item may be too much for one program.
+        merge_chunk: partials that such a program reads together.
     """
 
     def __init__(
@@ -79,6 +91,7 @@ class PagedWorkspace(ScheduledWorkspace):
         shape: ScheduleShape,
         tile: Tile,
         pack: int,
+        head_blocks: int,
         max_rows: int,
         q_heads: int,
         value_size: int,
@@ -89,6 +102,16 @@ class PagedWorkspace(ScheduledWorkspace):
         self.tile = tile
         self.pack = pack
         self.table_path = table_path
+        columns, rows = triton.next_power_of_2(value_size), triton.next_power_of_2(pack)
+        self.merge_chunk = min(triton.next_power_of_2(shape.parts), max(1, MERGED_AT_ONCE // (rows * columns)))
+        self.arrivals: Tensor | None = None
+        if shape.parts * pack * value_size <= MERGED_BY_LAST:
+            self.arrivals = torch.zeros(shape.max_items, head_blocks, dtype=torch.int32, device=device)
+
+    @property
+    def size_in_bytes(self) -> int:
+        """Device memory that it holds."""
+        return super().size_in_bytes + (0 if self.arrivals is None else self.arrivals.nbytes)
 
 
 def decode_cut(table: TileTable, group: int, max_query: int, facts: Tile) -> tuple[Tile, int, int]:
@@ -135,9 +158,12 @@ def workspace(
         left=left,
         right=0 if "non_causal" not in problem.features else -1,
         minimum_share=tile["share"],
+        spare=tile.get("spare", 0),
         longest=DECODE_QUERIES,
     )
-    return PagedWorkspace(shape, tile, pack, max_rows, problem.q_heads, problem.value_size, table_path, device)
+    return PagedWorkspace(
+        shape, tile, pack, head_blocks, max_rows, problem.q_heads, problem.value_size, table_path, device
+    )
 
 
 @lru_cache
@@ -249,6 +275,10 @@ def decode(
     group = q_heads // kv_heads
     schedule, scratch, tile = workspace.schedule, workspace.scratch, workspace.tile
     pages = step.pages
+    device_has = device_facts(str(query.device))
+    # The merge may be launched while the programs of this kernel still run: then it waits for them on the device.
+    merged_by_last = workspace.items >= LEVEL_ITEMS and workspace.arrivals is not None
+    overlapped = device_has.dependent_launch and not merged_by_last
     decode_kernel[(kv_heads * triton.cdiv(group, workspace.pack), schedule.shape.parts)](
         query,
         as_stored(key_cache),
@@ -257,6 +287,7 @@ def decode(
         lse,
         scratch.partials,
         scratch.lses,
+        workspace.arrivals if merged_by_last else None,
         key_scale,
         value_scale,
         sinks,
@@ -264,7 +295,6 @@ def decode(
         schedule.items,
         schedule.parts,
         step.query_starts,
-        step.lengths,
         pages.table,
         pages.rows,
         tokens,
@@ -283,6 +313,9 @@ def decode(
         GROUP=group,
         PACK=workspace.pack,
         QUERIES=schedule.shape.block,
+        ONE_ITEM=workspace.items == 1,
+        MERGE_CHUNK=workspace.merge_chunk,
+        OVERLAPPED=overlapped,
         PADDING=padding,
         KEY_HEAD_SCALES=key_scale is not None and key_scale.numel() > 1,
         VALUE_HEAD_SCALES=value_scale is not None and value_scale.numel() > 1,
@@ -291,11 +324,12 @@ def decode(
         BLOCK_M=tile["rows"],
         BLOCK_N=tile["keys"],
         STAGES=tile["stages"],
-        **compiled_for(mask, query, value_cache, device_facts(str(query.device)).native_float8),
+        **compiled_for(mask, query, value_cache, device_has.native_float8),
         num_warps=tile["warps"],
         num_stages=tile["stages"],
     )
-    merge_items(workspace, out, lse, schedule.shape.block * q_heads)
+    if not merged_by_last:
+        merge_items(workspace, out, lse, schedule.shape.block * q_heads, overlapped)
 
 
 def ragged_attention(

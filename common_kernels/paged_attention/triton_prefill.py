@@ -96,10 +96,11 @@ def prefill_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
+    """One program attends for one block of queries of a row and PACK of its heads; see `triton_kernel.prefill`."""
     PACKS: tl.constexpr = (GROUP + PACK - 1) // PACK
     QUERIES: tl.constexpr = BLOCK_M // PACK
-    # Heads run side by side, so that those of one group find their keys in the cache; the last blocks of a row come first,
-    # since under a causal mask they are the longest.
+    # Heads run side by side, so that those of one group find their keys in the cache; the last blocks of a row come
+    # first, since under a causal mask they are the longest.
     kv_head = tl.program_id(0) // PACKS
     block = tl.num_programs(1) - 1 - tl.program_id(1)
     row, first_block = row_of_block(query_starts, rows, block, QUERIES)
@@ -108,10 +109,9 @@ def prefill_kernel(
     length = 0
     if row < rows:
         row_end = tl.load(query_starts + row + 1)
-        if PAGED:
-            length = tl.load(lengths + row)
-        else:
-            length = tl.load(lengths + row + 1) - tl.load(lengths + row)
+        length = tl.load(lengths + row)
+        if not PAGED:
+            length = tl.load(lengths + row + 1) - length
     first_query = row_start + (block - first_block) * QUERIES
     if first_query >= row_end:
         return
@@ -161,8 +161,10 @@ def prefill_kernel(
             # The padding past the last row has no entry; its length of 0 keeps the table from being read.
             table_row = table + tl.load(table_rows + row, mask=row < rows, other=0).to(tl.int64) * table_stride
     score_scale = scale_of_scores(scale, key_scale, soft_cap, kv_head if KEY_HEAD_SCALES else 0, HAS_SOFT_CAP)
+    cap = soft_cap * LOG2E
+    HAS_SLOPES: tl.constexpr = slopes is not None
     row_slopes = top
-    if slopes is not None:
+    if HAS_SLOPES:
         row_slopes = tl.load(slopes + heads, mask=ours, other=0.0) * LOG2E
 
     first_seen, end_seen, first_common, end_common = query_range(
@@ -178,22 +180,22 @@ def prefill_kernel(
         acc, acc_tail, total, top = attend_tiles(
             acc, acc_tail, total, top, q, q_tail, key_columns, key_tail_columns, value_columns, value_tail_columns,
             table_row, key_page_stride, key_token_stride, value_page_stride, value_token_stride,
-            start, common_start, first_seen, end_seen, positions, row_slopes, left, right, score_scale, soft_cap * LOG2E,
-            True, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, slopes is not None, PAGED, PAGE_SIZE, SAME_STRIDES, BLOCK_N,
+            start, common_start, first_seen, end_seen, positions, row_slopes, left, right, score_scale, cap,
+            True, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, HAS_SLOPES, PAGED, PAGE_SIZE, SAME_STRIDES, BLOCK_N,
             HEAD_TAIL, VALUE_TAIL, FLOAT8, NATIVE_FLOAT8, PRECISION, STAGES,
         )  # fmt: skip
     acc, acc_tail, total, top = attend_tiles(
         acc, acc_tail, total, top, q, q_tail, key_columns, key_tail_columns, value_columns, value_tail_columns,
         table_row, key_page_stride, key_token_stride, value_page_stride, value_token_stride,
-        common_start, common_end, first_seen, end_seen, positions, row_slopes, left, right, score_scale, soft_cap * LOG2E,
-        False, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, slopes is not None, PAGED, PAGE_SIZE, SAME_STRIDES, BLOCK_N,
+        common_start, common_end, first_seen, end_seen, positions, row_slopes, left, right, score_scale, cap,
+        False, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, HAS_SLOPES, PAGED, PAGE_SIZE, SAME_STRIDES, BLOCK_N,
         HEAD_TAIL, VALUE_TAIL, FLOAT8, NATIVE_FLOAT8, PRECISION, STAGES,
     )  # fmt: skip
     acc, acc_tail, total, top = attend_tiles(
         acc, acc_tail, total, top, q, q_tail, key_columns, key_tail_columns, value_columns, value_tail_columns,
         table_row, key_page_stride, key_token_stride, value_page_stride, value_token_stride,
-        common_end, end_seen, first_seen, end_seen, positions, row_slopes, left, right, score_scale, soft_cap * LOG2E,
-        True, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, slopes is not None, PAGED, PAGE_SIZE, SAME_STRIDES, BLOCK_N,
+        common_end, end_seen, first_seen, end_seen, positions, row_slopes, left, right, score_scale, cap,
+        True, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, HAS_SLOPES, PAGED, PAGE_SIZE, SAME_STRIDES, BLOCK_N,
         HEAD_TAIL, VALUE_TAIL, FLOAT8, NATIVE_FLOAT8, PRECISION, STAGES,
     )  # fmt: skip
 

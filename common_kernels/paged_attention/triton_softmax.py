@@ -1,11 +1,11 @@
 """What the kernels of this operation share: one pass of the online softmax over tiles of keys, and its end.
 
 Scores are kept in the domain of base 2 (`score * log2(e)`), since `exp2` is one instruction where `exp` is two.
-Flash attention's recurrence (arXiv 2205.14135, algorithm 1), with the output divided once, at the end (arXiv 2307.08691,
-section 3.1).
+Flash attention's recurrence (arXiv 2205.14135, algorithm 1), with the output divided once, at the end (arXiv
+2307.08691, section 3.1).
 
-A head size is cut into two powers of two (80 = 64 + 16, 96 = 64 + 32, 192 = 128 + 64), so that no column is padded and no
-load of a whole tile is masked; the second part is called the tail here, and is 0 where the head size is one power of two.
+A head size is cut into two powers of two (80 = 64 + 16, 96 = 64 + 32, 192 = 128 + 64), so that no column is padded and
+no load of a whole tile is masked; the second part is called the tail here, and is 0 where the head size is one power.
 """
 
 from __future__ import annotations
@@ -31,11 +31,7 @@ def page_numbers(table_row: tl.tensor, positions: tl.tensor, end: tl.tensor, PAG
 @triton.jit
 def as_numbers(cached: tl.tensor, DTYPE: tl.constexpr, FLOAT8: tl.constexpr, NATIVE_FLOAT8: tl.constexpr) -> tl.tensor:
     """Cached elements, without their scale, in the dtype of the products."""
-    if FLOAT8:
-        numbers = float8.decode(cached, NATIVE_FLOAT8, DTYPE)
-    else:
-        numbers = cached.to(DTYPE)
-    return numbers
+    return float8.decode(cached, NATIVE_FLOAT8, DTYPE) if FLOAT8 else cached.to(DTYPE)
 
 
 @triton.jit
@@ -88,8 +84,8 @@ def attend_tiles(
     """
     columns = tl.arange(0, BLOCK_N)
     WHOLE_PAGE: tl.constexpr = PAGED and PAGE_SIZE % BLOCK_N == 0
-    # The page numbers of a tile are loaded one tile ahead and carried: a load of keys whose address waits for another load
-    # of the same iteration is prefetched half as far.
+    # The page numbers of a tile are loaded one tile ahead and carried: a load of keys whose address waits for another
+    # load of the same iteration is prefetched half as far.
     if PAGED:
         if WHOLE_PAGE:
             pages = page_numbers(table_row, start, end_seen, PAGE_SIZE)
@@ -186,7 +182,7 @@ def query_range(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
 ) -> tl.tensor:
-    """Of a block of queries: the keys that some of them sees (first, end), and those that all of them see (first, end)."""
+    """Of a block of queries: the keys (first, end) that some of them sees, and those that all of them see."""
     last_position = first_position + queries - 1
     first_seen = 0
     end_seen = length
@@ -253,8 +249,4 @@ def scale_of_scores(
     score_scale = scale
     if key_scale is not None:
         score_scale *= tl.load(key_scale + head)
-    if HAS_SOFT_CAP:
-        score_scale = score_scale * (2.0 * LOG2E) / soft_cap
-    else:
-        score_scale = score_scale * LOG2E
-    return score_scale
+    return score_scale * (2.0 * LOG2E) / soft_cap if HAS_SOFT_CAP else score_scale * LOG2E

@@ -1,0 +1,146 @@
+"""`paged_attention` and `ragged_attention` of the provider `triton` against the contract: ragged and poisoned."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from cases import LAYOUTS, PagedCase, assert_close, build_paged, build_ragged
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import paged_cases
+
+from taut.common_kernels import portable
+from taut.common_kernels.paged_attention import triton_kernel
+from taut.common_kernels.step import Mask
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SIZES = st.sampled_from((16, 32, 48))
+# Which rows go to which kernel: all to decode, none, or those of up to two queries.
+SERVED_BY = {"decode": 16, "prefill": 0, "both": 2}
+BATCH: dict[str, Any] = {
+    "lengths": (37, 0, 5, 40, 90),
+    "queries": (1, 2, 5, 20, 1),
+    "padded_rows": 1,
+    "padded_queries": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The provider with small tiles, so that rows are split and tiles are of every kind."""
+    decode = {"rows": 16, "keys": 16, "warps": 4, "stages": 1, "programs": 4, "share": 1}
+    prefill = {"rows": 16, "keys": 16, "pack": 2, "warps": 4, "stages": 1}
+    table = {"about": "", "vendor": "nvidia", "targets": [], "shared_memory": 0}
+    operations = {"paged_decode": [{"when": {}, "tile": decode}], "paged_prefill": [{"when": {}, "tile": prefill}]}
+    path: Path = tmp_path_factory.mktemp("tables") / "small.json"
+    path.write_text(json.dumps(table | {"operations": operations}))
+    return SimpleNamespace(
+        workspace=partial(portable.workspace, table_path=str(path)),
+        paged_attention=portable.paged_attention,
+        ragged_attention=portable.ragged_attention,
+    )
+
+
+def check(kernels: Any, case: PagedCase, served_by: str = "both") -> None:
+    inputs = build_paged(case)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_kernel, "DECODE_QUERIES", SERVED_BY[served_by])
+        assert_close(inputs.run(kernels), inputs.expected(), case.dtype)
+
+
+@given(paged_cases(), SIZES, SIZES, st.sampled_from(("decode", "both")), st.sampled_from(("float32", "float16")))
+@settings(max_examples=40)
+def test_contract(small: Any, case: PagedCase, head_size: int, value_size: int, served_by: str, dtype: str) -> None:
+    check(small, replace(case, head_size=head_size, value_size=value_size, dtype=dtype), served_by)
+
+
+@given(paged_cases(head_size=32, value_size=32), st.data())
+@settings(max_examples=15)
+def test_ragged_contract(small: Any, case: PagedCase, data: st.DataObject) -> None:
+    inputs = build_ragged(case)
+    assert_close(inputs.run(small), inputs.expected(), case.dtype)
+
+
+@given(
+    paged_cases(cache_dtype="float8_e4m3fn", head_size=32, value_size=16), st.sampled_from(("none", "tensor", "head"))
+)
+@settings(max_examples=10)
+def test_float8_caches(small: Any, case: PagedCase, scales: str) -> None:
+    check(small, replace(case, scales=scales))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("served_by", SERVED_BY)
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Mask(),
+        Mask(causal=False),
+        Mask(left=9),
+        Mask(left=30),
+        Mask(causal=False, left=9, right=4),
+        Mask(causal=False, right=0),
+        Mask(soft_cap=1.5),
+    ],
+)
+@pytest.mark.parametrize("plain", [True, False])
+def test_masks(small: Any, served_by: str, mask: Mask, plain: bool) -> None:
+    if plain:
+        check(small, PagedCase(**BATCH, mask=mask), served_by)
+    else:
+        check(small, PagedCase(**BATCH, mask=mask, sinks=True, alibi=True, forget_unseen=True, page_size=3), served_by)
+
+
+@pytest.mark.parametrize(
+    ("head_size", "value_size"), [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)]
+)
+def test_the_published_head_sizes(head_size: int, value_size: int) -> None:
+    """With the tables' own tiles."""
+    check(portable, PagedCase(**BATCH, q_heads=2, kv_heads=1, head_size=head_size, value_size=value_size))
+
+
+@pytest.mark.parametrize("page_size", [1, 7, 16, 64])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_and_page_sizes(small: Any, page_size: int, layout: Any) -> None:
+    """A page that holds several tiles, one that is a part of one, and one that divides nothing."""
+    check(small, PagedCase(**BATCH, page_size=page_size, layout=layout, indirect=True, strided_query=True))
+
+
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(1, 1), (7, 1), (12, 2), (40, 1), (6, 3)])
+@pytest.mark.parametrize("served_by", SERVED_BY)
+def test_groups(small: Any, q_heads: int, kv_heads: int, served_by: str) -> None:
+    """Groups that fill no tile, that leave rows of one idle, and that need several."""
+    check(small, PagedCase(**BATCH, q_heads=q_heads, kv_heads=kv_heads), served_by)
+
+
+def test_one_row_with_one_query(small: Any) -> None:
+    """Of which the host knows that it is one work item."""
+    inputs = build_paged(PagedCase(lengths=(200,), queries=(1,)))
+    step = replace(inputs.step, max_query=1)
+    inputs.step, inputs.arguments = step, (*inputs.arguments[:3], step, *inputs.arguments[4:])
+    assert_close(inputs.run(small), inputs.expected(), inputs.case.dtype)
+
+
+def test_head_sizes_are_cut_into_powers_of_two() -> None:
+    assert [triton_kernel.halves(size) for size in (16, 80, 96, 128, 192)] == [
+        (16, 0),
+        (64, 16),
+        (64, 32),
+        (128, 0),
+        (128, 64),
+    ]
+    for size in (8, 72, 112):
+        with pytest.raises(ValueError, match="not a sum of two powers"):
+            triton_kernel.halves(size)
+
+
+def test_a_step_needs_its_workspace(small: Any) -> None:
+    inputs = build_paged(PagedCase(**BATCH))
+    with pytest.raises(TypeError, match="needs the workspace"):
+        inputs.call(small.paged_attention)
