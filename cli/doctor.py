@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from taut.adapters.engine import EngineAdapter
 
 Level = Literal["ok", "note", "wrong"]
+# Operations with a mask; for the others the features say nothing.
+MASKED = ("paged_attention", "ragged_attention", "mla_decode")
 STYLES: dict[Level, str] = {"ok": "green", "note": "yellow", "wrong": "bold red"}
 
 DISTRIBUTION = "taut-attention"
@@ -244,6 +246,8 @@ def _engines(report: Report, adapters: Sequence[EngineAdapter], environment: Map
 
 def _engine(report: Report, adapter: EngineAdapter, environment: Mapping[str, str]) -> Engine:
     found = {name: version for name in adapter.distributions if (version := _version(name))}
+    if len(found) > 1:  # one may be a name only, for programs that ask the version of the other
+        found = {name: version for name, version in found.items() if _brings(name, adapter.module)} or found
     distribution = next(iter(found), None)
     version = found.get(distribution) if distribution else None
     if version is None and _is_importable(adapter.module):
@@ -515,6 +519,12 @@ def _outcomes(adapter: EngineAdapter, kind: str, unserved: list[str]) -> dict[st
     return result
 
 
+def _brings(distribution: str, module: str) -> bool:
+    """Whether a distribution holds the files of a module, or does not say what it holds."""
+    files = importlib.metadata.files(distribution)
+    return files is None or any(file.parts[0] == module for file in files)
+
+
 def _version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)
@@ -624,22 +634,21 @@ def render(report: Report) -> Group:
 
 
 def _capabilities(provider: Provider) -> Table:
-    """What a provider can do: a row for each capability, and only the columns in which one sets a limit."""
+    """What a provider can do: operations that can do the same share a row, a limit that is not set takes no space."""
     limits = ("dtypes", "cache_dtypes", "head_sizes", "value_sizes", "page_sizes", "max_query", "max_q_heads")
-    shown = [name for name in limits if any(getattr(c, name) is not None for c in provider.capabilities)]
 
     def words(value: Any) -> str:
-        if value is None:
-            return "any"
         return ", ".join(map(str, sorted(value))) if isinstance(value, frozenset) else str(value)
 
-    rows: dict[tuple[str, ...], list[str]] = {}  # operations that can do the same share a row
+    rows: dict[str, list[str]] = {}
     for c in provider.capabilities:
-        can = (", ".join(c.targets), *(words(getattr(c, name)) for name in shown), words(c.features))
-        rows.setdefault(can, []).append(c.operation)
-    columns = ("operation", "targets", *(name.replace("_", " ") for name in shown), "features")
+        set_limits = [(name.replace("_", " "), getattr(c, name)) for name in limits if getattr(c, name) is not None]
+        lines = [f"on {', '.join(c.targets)}", *(f"{name}: {words(value)}" for name, value in set_limits)]
+        if c.operation in MASKED:
+            lines.append(f"features: {words(c.features) or 'none'}")
+        rows.setdefault("\n".join(lines), []).append(c.operation)
     title = f"What {provider.name} can do"
-    return _table(title, columns, [("\n".join(operations), *can) for can, operations in rows.items()])
+    return _table(title, ("operation", "with"), [("\n".join(names), can) for can, names in rows.items()])
 
 
 def _render_model(model: Model) -> list[Table]:

@@ -169,7 +169,16 @@ def test_the_range_of_releases(version: str, expected: bool) -> None:
 
 def test_two_packages_of_one_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     adapters(monkeypatch, installed(VLLM, distributions=("taut-attention", "pluggy")))
+    monkeypatch.setattr(doctor, "_brings", lambda _distribution, _module: True)
     assert any("both installed" in line for line in notes(look()))
+
+
+def test_a_package_that_only_lends_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What brings no file of the engine is not the engine."""
+    adapters(monkeypatch, installed(VLLM, distributions=("rich", "pluggy"), module="pluggy"))
+    report = look()
+    assert not any("both installed" in line for line in notes(report))
+    assert report.engines[0].distribution == "pluggy"
 
 
 def test_sglang_is_not_served_yet(monkeypatch: pytest.MonkeyPatch) -> None:
