@@ -43,14 +43,16 @@ GPUS = ("sm_80+", "gfx942", "gfx950")
 NUMBERS = frozenset({"bfloat16", "float16", "float32"})
 HALVES = frozenset({"bfloat16", "float16"})
 FLOAT8 = frozenset({"float8_e4m3fn"})
+# One power of two from 16, or the sum of two.
+DENSE_SIZES = frozenset({16, 32, 48, 64, 80, 96, 128, 144, 160, 192, 256})
 
 TRITON = KernelProvider(
     name="triton",
     summary="Triton kernels for NVIDIA (sm_80 and later) and AMD (CDNA3 and later)",
     priority=10,
     capabilities=(
-        Capability("paged_attention", GPUS, NUMBERS, NUMBERS | FLOAT8),
-        Capability("ragged_attention", GPUS, NUMBERS, NUMBERS),
+        Capability("paged_attention", GPUS, NUMBERS, NUMBERS | FLOAT8, head_sizes=DENSE_SIZES, value_sizes=DENSE_SIZES),
+        Capability("ragged_attention", GPUS, NUMBERS, NUMBERS, head_sizes=DENSE_SIZES, value_sizes=DENSE_SIZES),
         Capability(
             "mla_decode",
             GPUS,

@@ -35,7 +35,7 @@ BATCH: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The provider with small tiles, so that rows are split and tiles are of every kind."""
-    decode = {"rows": 16, "keys": 16, "warps": 4, "stages": 1, "programs": 4, "share": 1}
+    decode = {"rows": 16, "keys": 16, "warps": 4, "stages": 1, "programs": 4, "share": 1, "spare": 2}
     prefill = {"rows": 16, "keys": 16, "pack": 2, "warps": 4, "stages": 1}
     table = {"about": "", "vendor": "nvidia", "targets": [], "shared_memory": 0}
     operations = {"paged_decode": [{"when": {}, "tile": decode}], "paged_prefill": [{"when": {}, "tile": prefill}]}
@@ -138,6 +138,16 @@ def test_head_sizes_are_cut_into_powers_of_two() -> None:
     for size in (8, 72, 112):
         with pytest.raises(ValueError, match="not a sum of two powers"):
             triton_kernel.halves(size)
+
+
+def test_warm_up_leaves_a_workspace_that_serves(small: Any) -> None:
+    inputs = build_paged(PagedCase(lengths=(37, 5, 40, 60, 3), queries=(1, 2, 1, 1, 1)))
+    query, keys, values, step, mask = inputs.arguments
+    problem = inputs.case.problem()
+    workspace = small.workspace(problem, step.rows, len(query), "cpu")
+    triton_kernel.warm_up(problem, workspace, keys, values, step.pages, 2, mask, longest_query=50, lse=True)
+    workspace.prepare(step)
+    assert_close(inputs.call(small.paged_attention, workspace=workspace), inputs.expected(), inputs.case.dtype)
 
 
 def test_a_step_needs_its_workspace(small: Any) -> None:
