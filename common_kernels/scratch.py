@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def scratch_bytes(parts: int, items: int, rows: int, value_size: int, element_bytes: int = 4) -> int:
+def scratch_bytes(parts: int, items: int, rows: int, value_size: int) -> int:
     """Bytes of the scratch of a schedule.
 
     Args:
@@ -23,9 +23,8 @@ def scratch_bytes(parts: int, items: int, rows: int, value_size: int, element_by
         items: the most work items of a step.
         rows: rows of one partial, heads times queries of an item, padded to whole tiles.
         value_size: V.
-        element_bytes: of an element of a partial; its LSE is in float32.
     """
-    return most_partials(parts, items) * rows * (value_size * element_bytes + torch.float32.itemsize)
+    return most_partials(parts, items) * rows * (value_size + 1) * torch.float32.itemsize
 
 
 class Scratch:
@@ -37,24 +36,15 @@ class Scratch:
         rows: rows of one partial.
         value_size: V.
         device: where it lies.
-        dtype: of the partials.
 
     Attributes:
-        partials: [most partials, rows, V], each row normalised by itself.
+        partials: [most partials, rows, V] float32, each row normalised by itself.
         lses: [most partials, rows] float32, natural logarithm; -inf where a row saw nothing.
     """
 
-    def __init__(
-        self,
-        parts: int,
-        items: int,
-        rows: int,
-        value_size: int,
-        device: torch.device | str,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
+    def __init__(self, parts: int, items: int, rows: int, value_size: int, device: torch.device | str) -> None:
         count = most_partials(parts, items)
-        self.partials: Tensor = torch.empty(count, rows, value_size, dtype=dtype, device=device)
+        self.partials: Tensor = torch.empty(count, rows, value_size, dtype=torch.float32, device=device)
         self.lses: Tensor = torch.empty(count, rows, dtype=torch.float32, device=device)
 
     @property

@@ -66,20 +66,13 @@ class ScheduledWorkspace:
         partial_rows: rows of one partial result.
         value_size: V.
         device: where everything lies.
-        partial_dtype: of the partial results.
     """
 
     def __init__(
-        self,
-        shape: ScheduleShape,
-        max_rows: int,
-        partial_rows: int,
-        value_size: int,
-        device: torch.device | str,
-        partial_dtype: torch.dtype = torch.float32,
+        self, shape: ScheduleShape, max_rows: int, partial_rows: int, value_size: int, device: torch.device | str
     ) -> None:
         self.schedule = DeviceSchedule(shape, max_rows, device)
-        self.scratch = Scratch(shape.parts, shape.max_items, partial_rows, value_size, device, partial_dtype)
+        self.scratch = Scratch(shape.parts, shape.max_items, partial_rows, value_size, device)
         self.items = shape.max_items
 
     @property

@@ -346,7 +346,7 @@ def mla_decode_kernel(
                 acc_at = (flat * LATENT)[None, :] + columns[:, None]
             else:
                 acc_at = (flat * LATENT)[:, None] + columns[None, :]
-            tl.store(partials + first_row * LATENT + acc_at, acc.to(partials.dtype.element_ty), mask=q_here)
+            tl.store(partials + first_row * LATENT + acc_at, acc, mask=q_here)
         elif splits == 1:
             if HAS_LSE:
                 lse_at = query * lse_stride_t + head * lse_stride_h
@@ -405,8 +405,6 @@ class MlaWorkspace(ScheduledWorkspace):
         multiprocessors: of the device.
         native_float8: whether the device converts e4m3 by itself.
         overlapped: whether the device can start a kernel before the one ahead of it has ended.
-        partial_dtype: of the partial results; that of the output has range enough, since they are means of the same
-            values, and half of float32's traffic.
         device: where everything lies.
     """
 
@@ -420,7 +418,6 @@ class MlaWorkspace(ScheduledWorkspace):
         multiprocessors: int,
         native_float8: bool,
         overlapped: bool,
-        partial_dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
         tile = cut.tile
@@ -432,7 +429,7 @@ class MlaWorkspace(ScheduledWorkspace):
             minimum_share=tile["share"],
             spare=tile["spare"],
         )
-        super().__init__(shape, max_rows, cut.head_blocks * tile["rows"], rank, device, partial_dtype)
+        super().__init__(shape, max_rows, cut.head_blocks * tile["rows"], rank, device)
         self.cut = cut
         self.native_float8 = native_float8
         self.overlapped = overlapped
@@ -456,7 +453,6 @@ def workspace(
         facts.multiprocessors,
         facts.native_float8,
         facts.dependent_launch,
-        getattr(torch, problem.dtype),
         device,
     )
 
