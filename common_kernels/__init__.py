@@ -6,7 +6,7 @@
 | `providers` | who provides kernels, and the choice among them |
 | `paging`, `step` | the paged cache as strided views, and one engine step as data |
 | `paged_attention`, `mla_decode`, `store_kv`, `merge` | the operations; `reference.py` in each is its oracle |
-| `schedule`, `scratch`, `workspace` | equal shares of a step's work, decided on the device, and room for split results |
+| `schedule`, `scratch`, `workspace` | equal shares of a step's work, decided on the device; room for splits |
 | `tiles` | tile tables per GPU, as data, looked up by pure functions |
 | `reference`, `portable`, `builtin` | the providers that come with this package |
 """
