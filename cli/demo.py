@@ -26,7 +26,8 @@ QUESTIONS = (
     "Write one sentence about a little robot.",
     "What is 2 + 2?",
 )
-SERVES = re.compile(r"^taut INFO \[.*serves .* attention", re.MULTILINE)
+# vLLM may write the name of its process before the line.
+SERVES = re.compile(r"\btaut INFO \[.*serves .* attention")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Run:
     @property
     def proof(self) -> list[str]:
         """The lines by which processes of the engine say that our attention serves in them."""
-        return [line for line in self.log.splitlines() if SERVES.match(line)]
+        return [line for line in self.log.splitlines() if SERVES.search(line)]
 
 
 class EngineFailedError(UserError):

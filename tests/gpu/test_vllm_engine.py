@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -46,6 +47,7 @@ def expected(model: Path) -> list[list[float]]:
     return scores
 
 
+@cache
 def generate(model: Path, attention: str | None, **engine: Any) -> Run:
     usual = {
         "max_model_len": 1024, "dtype": "bfloat16", "skip_tokenizer_init": True, "gpu_memory_utilization": 0.3,

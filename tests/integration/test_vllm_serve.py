@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from integration.engine import ENVIRONMENT, generate
+from taut.cli.demo import SERVES
 
 QUESTION = "What is the capital of France?"
 PATIENCE = 240  # seconds for a server to start on a busy machine
@@ -83,7 +84,7 @@ def test_chat_request(model: Path, tmp_path: Path) -> None:
     assert text == stock.result["texts"][0]
     assert "Paris" in text
     lines = log.read_text().splitlines()
-    proof = [line for line in lines if line.startswith("taut INFO") and "serves dense attention" in line]
+    proof = [line for line in lines if SERVES.search(line)]
     assert proof
     assert all(f"pid={server.pid}]" not in line for line in proof)  # the engine's process, not the HTTP server's
     assert any("first step:" in line for line in lines)
