@@ -433,11 +433,9 @@ def _check_choice(report: Report, kernels: Registry, settings: Settings, target:
     except ProviderError as error:
         report.add("wrong", "providers", str(error), "correct TAUT_KERNELS, or uninstall what stands in the way")
         return False
-    except Exception:
-        return False  # _providers has said whose fault it is
     wanted = settings.kernels
     there = [p for p in kernels.providers if wanted in ("auto", p.name) and _runs_on(p, target)]
-    automatic = [p.name for p in there if "any" in p.automatic_on or target in p.automatic_on]
+    automatic = [p.name for p in there if p.is_automatic_on(target)]
     if wanted != "auto" and there:
         report.add("ok", "providers", f"TAUT_KERNELS={wanted} has kernels for {target}")
     elif wanted == "auto" and automatic:

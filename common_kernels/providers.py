@@ -73,6 +73,10 @@ class KernelProvider:
         """The provider's operations, imported on first use."""
         return self.load()
 
+    def is_automatic_on(self, target: str) -> bool:
+        """Whether an automatic choice may take this provider on `target` ("sm_90")."""
+        return any(target_matches(pattern, target) for pattern in self.automatic_on)
+
     def refusals(self, problem: Problem) -> list[str]:
         """Every reason why this provider cannot serve `problem`, as sentences; empty when it can."""
         missing = [module for module in self.requires if not _importable(module)]
@@ -219,7 +223,7 @@ class Registry:
             against = provider.refusals(problem)
             if wanted != "auto" and provider.name != wanted:
                 against = [f"TAUT_KERNELS={wanted} asks for another"]
-            elif wanted == "auto" and not against and not _automatic(provider, problem.target):
+            elif wanted == "auto" and not against and not provider.is_automatic_on(problem.target):
                 against = [
                     f"is never chosen by itself on {problem.target}: set TAUT_KERNELS={provider.name} to have it there"
                 ]
@@ -273,10 +277,6 @@ def _importable(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):  # a parent is missing, or is no package
         return False
-
-
-def _automatic(provider: KernelProvider, target: str) -> bool:
-    return any(target_matches(pattern, target) for pattern in provider.automatic_on)
 
 
 def _nobody(problem: Problem, wanted: str, reasons: Mapping[str, Iterable[str]]) -> str:

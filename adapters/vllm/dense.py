@@ -60,7 +60,6 @@ def problem_of_layer(
     soft_cap: bool = False,
     alibi: bool = False,
     sinks: bool = False,
-    head_scales: bool = False,
 ) -> Problem:
     """What a layer of vLLM asks of our kernels."""
     name = str(dtype).removeprefix("torch.")
@@ -70,7 +69,6 @@ def problem_of_layer(
         "soft_cap": soft_cap,
         "alibi": alibi,
         "sinks": sinks,
-        "head_scales": head_scales,
     }
     encoder = attn_type in ENCODERS
     return Problem(

@@ -533,3 +533,9 @@ def test_no_engine_is_imported() -> None:
     tell = "import atexit; atexit.register(lambda: sys.stderr.write(str({'vllm', 'sglang'} & set(sys.modules))))"
     done = elsewhere(tell, "doctor")
     assert done.stderr == "set()"
+
+
+def test_a_provider_is_chosen_by_itself_on_the_targets_its_patterns_mean() -> None:
+    """As the choice itself reads them: "sm_80+" is sm_90 too."""
+    report = look(kernels=registry_of(provider("later", automatic_on=("sm_80+",))), target="sm_90")
+    assert any("on sm_90 kernels are chosen from: later" in finding.says for finding in report.findings)
