@@ -86,6 +86,16 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
+def peers_are_here() -> bool:
+    """Whether vLLM can be imported, whose kernels the peers are; says so where it cannot."""
+    try:
+        import vllm  # noqa: F401
+    except ImportError:
+        print("no vLLM here: the peers are left out")
+        return False
+    return True
+
+
 def versions() -> dict[str, str]:
     """What the numbers depend on."""
     found = {name: importlib.metadata.version(name) for name in ("torch", "triton", "vllm") if _installed(name)}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.harness import RESULTS, Row, measure_ceilings, microseconds, relative_error, report
+from benchmarks.harness import RESULTS, Row, measure_ceilings, microseconds, peers_are_here, relative_error, report
 from taut.common_kernels import portable
 from taut.common_kernels.problem import Problem
 from taut.common_kernels.step import PageTable, Step
@@ -141,13 +141,7 @@ def schedule_times() -> dict[str, float]:
 
 
 def main() -> None:
-    try:
-        import vllm  # noqa: F401
-
-        with_peers = True
-    except ImportError:
-        with_peers = False
-        print("no vLLM here: the peers are left out")
+    with_peers = peers_are_here()
     torch.manual_seed(0)
     ceilings = measure_ceilings()
     rows = [measure(*shape, with_peers) for shape in SHAPES]
