@@ -4,6 +4,7 @@
 | --- | --- |
 | `selection` | what is registered, and who is chosen when vLLM asks |
 | `members` | the names under which vLLM finds our classes |
+| `shared` | what every kind of attention has in common: names, validation, the choice of kernels |
 | `dense` | backend, metadata builder and implementation for MHA, GQA and MQA |
 | `bridge` | the ledger: every touch of vLLM's internals, and every difference between its releases |
 """

@@ -7,43 +7,40 @@ into vLLM's own output. Nothing is filled or allocated per layer.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.v1.attention.backend import (
-    AttentionBackend,
     AttentionCGSupport,
     AttentionImpl,
     AttentionMetadataBuilder,
     AttentionType,
     CommonAttentionMetadata,
-    MultipleOf,
 )
 
-import taut
-from taut.adapters.vllm import bridge, members
-from taut.adapters.vllm.selection import leave_to_engine, refusal, selection
+from taut.adapters.vllm import bridge
+from taut.adapters.vllm.selection import refusal, selection
+from taut.adapters.vllm.shared import (
+    CACHE_DTYPES,
+    MemberBackend,
+    cache_dtype_refusal,
+    class_for,
+    device,
+    page_size,
+    say_first_step,
+    serving_kernels,
+    table_path,
+)
 from taut.common_kernels.problem import Problem
-from taut.common_kernels.providers import ProviderError, registry
+from taut.common_kernels.providers import registry
 from taut.common_kernels.step import Mask, PageTable, Step
 from taut.common_kernels.targets import target_of
 
 if TYPE_CHECKING:
     from taut.common_kernels.kernels import Kernels, Workspace
 
-log = logging.getLogger("taut.vllm")
-
-CACHE_DTYPES = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "float16": "float16", "bfloat16": "bfloat16"}
 ENCODERS = (AttentionType.ENCODER, AttentionType.ENCODER_ONLY)
-
-
-def cache_dtype_refusal(kv_cache_dtype: str | None) -> str | None:
-    """Why a `--kv-cache-dtype` cannot be served; None when it can."""
-    if kv_cache_dtype in (None, "auto", *CACHE_DTYPES):
-        return None
-    return f"a KV cache of {kv_cache_dtype} is not supported, only auto, {', '.join(CACHE_DTYPES)}"
 
 
 def problem_of_layer(
@@ -111,7 +108,7 @@ class TautMetadataBuilder(AttentionMetadataBuilder[TautMetadata]):
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
         """Whole graphs for decode and uniform verification batches where the kernels can be captured; else none."""
         problem = problem_of_layer(
-            target=target_of(_device()),
+            target=target_of(device()),
             dtype=vllm_config.model_config.dtype,
             kv_cache_dtype=vllm_config.cache_config.cache_dtype,
             q_heads=kv_cache_spec.num_kv_heads,
@@ -126,7 +123,6 @@ class TautMetadataBuilder(AttentionMetadataBuilder[TautMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.page_size = kv_cache_spec.block_size
         scheduler = vllm_config.scheduler_config
-        table = None if selection().table is None else str(selection().table)
         self.workspaces: dict[Problem, Workspace] = {}
         for implementation in bridge.implementations(vllm_config, layer_names):
             if implementation.problem not in self.workspaces:
@@ -135,7 +131,7 @@ class TautMetadataBuilder(AttentionMetadataBuilder[TautMetadata]):
                     scheduler.max_num_seqs,
                     scheduler.max_num_batched_tokens,
                     str(device),
-                    table,
+                    table_path(),
                 )
 
     def build(
@@ -188,31 +184,29 @@ class TautImplementation(AttentionImpl[TautMetadata]):
         self.attn_type = attn_type
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.sinks = sinks
-        device = _device()
+        here = device()
         self.alibi_slopes = (
-            None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32, device=device)
+            None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32, device=here)
         )
         reach = -1 if sliding_window is None else sliding_window - 1  # a window of W counts the query itself
         self.mask = Mask(left=reach, soft_cap=logits_soft_cap or 0.0)
         # An encoder sees as far ahead as it sees back.
         self.two_sided_mask = Mask(causal=False, left=reach, right=reach, soft_cap=logits_soft_cap or 0.0)
         self.problem = problem_of_layer(
-            target=target_of(device),
+            target=target_of(here),
             dtype=torch.get_default_dtype(),
             kv_cache_dtype=kv_cache_dtype,
             q_heads=num_heads,
             kv_heads=self.num_kv_heads,
             head_size=head_size,
-            page_size=_page_size(),
+            page_size=page_size(),
             attn_type=attn_type,
             windowed=reach >= 0,
             soft_cap=bool(logits_soft_cap),
             alibi=alibi_slopes is not None,
             sinks=sinks is not None,
         )
-        choice = registry().choose(self.problem, selection().kernels)
-        self.kernels: Kernels = choice.provider.kernels
-        _announce("dense", choice.provider.name)
+        self.kernels: Kernels = serving_kernels("dense", self.problem)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Sinks are loaded as weights, in the model's dtype; the kernels read them in float32."""
@@ -254,7 +248,7 @@ class TautImplementation(AttentionImpl[TautMetadata]):
         if attn_metadata is None:
             # The profiling run measures memory without a cache: its output is never used but must be finite.
             return output.zero_()
-        _say_first_step(attn_metadata)
+        say_first_step(attn_metadata.step.rows, attn_metadata.num_actual_tokens)
         tokens = attn_metadata.num_actual_tokens
         mask = self.mask if attn_metadata.causal else self.two_sided_mask
         workspace = attn_metadata.workspaces.get(self.problem)
@@ -300,19 +294,10 @@ class TautImplementation(AttentionImpl[TautMetadata]):
         return bridge.cache_views(kv_cache, self.head_size)
 
 
-class TautBackend(AttentionBackend):
-    """What vLLM asks of a backend. A subclass per overridden member gives the name that vLLM expects of it."""
+class TautBackend(MemberBackend):
+    """What vLLM asks of a backend for dense attention."""
 
-    forward_includes_kv_cache_update: bool = False
-    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-    member: ClassVar[str] = "CUSTOM"
-    # Whether `auto` left the last layer that was validated to vLLM.
-    left_to_engine: ClassVar[bool] = False
-
-    @classmethod
-    def get_name(cls) -> str:  # vLLM declares it static and calls it on the class
-        """The member that this class stands for."""
-        return cls.member
+    kind: ClassVar[str] = "dense"
 
     @staticmethod
     def get_impl_cls() -> type[TautImplementation]:
@@ -324,27 +309,12 @@ class TautBackend(AttentionBackend):
         """The metadata builder."""
         return TautMetadataBuilder
 
-    @classmethod
-    def full_cls_name(cls) -> tuple[str, str]:
-        """Module and name under which vLLM finds this class again; see `members`."""
-        return members.__name__, members.DECIDED + cls.member
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(*_: Any) -> list[int | MultipleOf]:
-        """Any page size."""
-        return [MultipleOf(1)]
-
     @staticmethod
     def get_kv_cache_shape(
         num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, *_: Any, **__: Any
     ) -> tuple[int, ...]:
         """[N, Hk, P, 2 D], as releases from 0.29 on hand it over by themselves."""
         return num_blocks, num_kv_heads, block_size, 2 * head_size
-
-    @classmethod
-    def supports_kv_cache_dtype(cls, kv_cache_dtype: Any) -> bool:
-        """The model's dtype, float16, bfloat16 and float8 e4m3."""
-        return cache_dtype_refusal(kv_cache_dtype) is None
 
     @classmethod
     def supports_sink(cls) -> bool:
@@ -362,87 +332,22 @@ class TautBackend(AttentionBackend):
         return attn_type in (AttentionType.DECODER, *ENCODERS)
 
     @classmethod
-    def validate_configuration(cls, **asked: Any) -> list[str]:
-        """vLLM's own checks and our kernels', as sentences; with `auto` a refused layer is left to vLLM instead."""
-        reasons = list(super().validate_configuration(**asked)) + cls._kernel_refusals(asked)
-        cls.left_to_engine = bool(reasons) and cls.member != "CUSTOM" and selection().mode == "auto"
-        if cls.left_to_engine:
-            leave_to_engine(cls.member, reasons)
-            return list(bridge.stock_class(cls.member).validate_configuration(**asked))
-        return reasons
-
-    @classmethod
-    def _kernel_refusals(cls, asked: dict[str, Any]) -> list[str]:
-        if asked.get("use_mla") or cache_dtype_refusal(asked.get("kv_cache_dtype")):
-            return []  # already refused above
-        problem = problem_of_layer(
-            target=target_of(_device()),
+    def problem_asked(cls, asked: dict[str, Any]) -> Problem:
+        """The layer that vLLM asks about, with the fewest heads."""
+        return problem_of_layer(
+            target=target_of(device()),
             dtype=asked["dtype"],
             kv_cache_dtype=asked.get("kv_cache_dtype"),
             q_heads=1,
             kv_heads=1,
             head_size=asked["head_size"],
-            page_size=asked.get("block_size") or _page_size(),
+            page_size=asked.get("block_size") or page_size(),
             attn_type=asked.get("attn_type", AttentionType.DECODER),
             windowed=bool(asked.get("has_sliding_window")),
             sinks=bool(asked.get("has_sink")),
         )
-        try:
-            registry().choose(problem, selection().kernels)
-        except ProviderError as error:
-            return [str(error)]
-        return []
-
-
-_classes: dict[str, type[TautBackend]] = {}
 
 
 def backend_for(member: str) -> type[TautBackend]:
     """The class that stands for a member of vLLM's `AttentionBackendEnum`; always the same one."""
-    if member not in _classes:
-        _classes[member] = type(f"TautBackend_{member}", (TautBackend,), {"member": member, "__module__": __name__})
-    return _classes[member]
-
-
-def decided(member: str) -> type[Any]:
-    """The class that came of the last validation of a member: ours, or vLLM's own."""
-    ours = backend_for(member)
-    return bridge.stock_class(member) if ours.left_to_engine else ours
-
-
-def _device() -> torch.device:
-    """The device that this process serves on."""
-    from vllm.platforms import current_platform
-
-    if current_platform.device_type == "cuda":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device(current_platform.device_type)
-
-
-def _page_size() -> int:
-    """Tokens in a page, as far as it is settled when layers are made; vLLM's default before that."""
-    config = bridge.current_config()
-    return int(getattr(getattr(config, "cache_config", None), "block_size", None) or 16)
-
-
-_announced: set[str] = set()
-
-
-def _announce(kind: str, provider: str) -> None:
-    """The line by which a process of vLLM says, once, that it serves through us."""
-    table = selection().table or "packaged"
-    tiles = "none" if provider == "reference" else table
-    line = (
-        f"taut {taut.__version__} serves {kind} attention in vLLM {bridge.engine_version()}: "
-        f"kernels {provider}, tile table {tiles}"
-    )
-    if line not in _announced:
-        _announced.add(line)
-        log.info(line)
-
-
-def _say_first_step(metadata: TautMetadata) -> None:
-    """At level debug, once a process: proof that a step ran through this code."""
-    if "step" not in _announced:
-        _announced.add("step")
-        log.debug("first step: %d rows, %d tokens", metadata.step.rows, metadata.num_actual_tokens)
+    return class_for(TautBackend, member)

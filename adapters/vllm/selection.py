@@ -102,6 +102,19 @@ def answer(member: str) -> type[Any]:
     raise ValueError(refusal(reasons))
 
 
+def decided(kind: str, member: str) -> type[Any]:
+    """The class that came of the last validation of a member: ours, or vLLM's own.
+
+    Args:
+        kind: "dense" or "MLA", which of our classes was validated.
+        member: as vLLM asked for it.
+    """
+    from taut.adapters.vllm.dense import backend_for
+
+    ours = {"dense": backend_for}[kind](member)
+    return bridge.stock_class(member) if ours.left_to_engine else ours
+
+
 def custom_was_asked(config: Any | None) -> bool:
     """Whether the engine's own flag asks for us: `--attention-backend CUSTOM`, for all layers or for one kind."""
     attention = getattr(config, "attention_config", None)
@@ -115,7 +128,7 @@ def model_refusals(config: Any | None) -> list[str]:
 
     A model with several kinds of attention is judged whole: a CPU tells nothing of the single layer.
     """
-    from taut.adapters.vllm.dense import cache_dtype_refusal
+    from taut.adapters.vllm.shared import cache_dtype_refusal
 
     model = getattr(config, "model_config", None)
     if config is None or model is None:
