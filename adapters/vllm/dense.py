@@ -332,9 +332,9 @@ class TautBackend(MemberBackend):
         return attn_type in (AttentionType.DECODER, *ENCODERS)
 
     @classmethod
-    def problem_asked(cls, asked: dict[str, Any]) -> Problem:
+    def problems_asked(cls, asked: dict[str, Any]) -> list[Problem]:
         """The layer that vLLM asks about, with the fewest heads."""
-        return problem_of_layer(
+        problem = problem_of_layer(
             target=target_of(device()),
             dtype=asked["dtype"],
             kv_cache_dtype=asked.get("kv_cache_dtype"),
@@ -346,6 +346,7 @@ class TautBackend(MemberBackend):
             windowed=bool(asked.get("has_sliding_window")),
             sinks=bool(asked.get("has_sink")),
         )
+        return [problem]
 
 
 def backend_for(member: str) -> type[TautBackend]:

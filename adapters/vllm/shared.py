@@ -11,10 +11,12 @@ from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 
 import taut
 from taut.adapters.vllm import bridge, members
-from taut.adapters.vllm.selection import leave_to_engine, selection
+from taut.adapters.vllm.selection import leave_to_engine, model_refusals, remember, selection
 from taut.common_kernels.providers import ProviderError, registry
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from taut.common_kernels.kernels import Kernels
     from taut.common_kernels.problem import Problem
 
@@ -53,10 +55,14 @@ def table_path() -> str | None:
 def serving_kernels(kind: str, problem: Problem) -> Kernels:
     """The kernels that serve a layer, chosen before the engine serves; said once a process.
 
+    Called for every layer of ours, with its model's configuration at hand: what vLLM compiles of that model is kept apart
+    from what it compiles around another backend.
+
     Raises:
         ProviderError: nobody can serve it, or TAUT_KERNELS asks for somebody who cannot.
     """
     provider = registry().choose(problem, selection().kernels).provider
+    bridge.mark_compiled_code(taut.__version__)
     _announce(kind, provider.name)
     return provider.kernels
 
@@ -69,8 +75,6 @@ class MemberBackend(AttentionBackend):
     # "dense" or "MLA": an argument of messages, and part of the name under which vLLM finds a class again.
     kind: ClassVar[str]
     member: ClassVar[str] = "CUSTOM"
-    # Whether `auto` left the last layer that was validated to vLLM.
-    left_to_engine: ClassVar[bool] = False
 
     @classmethod
     def get_name(cls) -> str:  # vLLM declares it static and calls it on the class
@@ -79,7 +83,13 @@ class MemberBackend(AttentionBackend):
 
     @classmethod
     def full_cls_name(cls) -> tuple[str, str]:
-        """Module and name under which vLLM finds this class again; see `members`."""
+        """Module and name under which vLLM finds this class again; see `members`.
+
+        vLLM derives classes of ours for cross attention, encoders and chunks. They keep names of their own, for by these
+        names it tells layers apart that need builders of their own.
+        """
+        if "member" not in vars(cls):
+            return super().full_cls_name()
         return members.__name__, members.decided_name(cls.kind, cls.member)
 
     @staticmethod
@@ -88,34 +98,72 @@ class MemberBackend(AttentionBackend):
         return [MultipleOf(1)]
 
     @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        """What vLLM's own class answers, for a member: a vision tower asks, and then runs vLLM's own kernels."""
+        asked = super() if cls.answers_for_us() else bridge.stock_class(cls.member)
+        return bool(asked.supports_head_size(head_size))
+
+    @classmethod
+    def supports_dtype(cls, dtype: torch.dtype) -> bool:
+        """See `supports_head_size`."""
+        asked = super() if cls.answers_for_us() else bridge.stock_class(cls.member)
+        return bool(asked.supports_dtype(dtype))
+
+    @classmethod
+    def supports_compute_capability(cls, capability: Any) -> bool:
+        """See `supports_head_size`. Of ours, the kernels' providers say what they run on."""
+        asked = super() if cls.answers_for_us() else bridge.stock_class(cls.member)
+        return bool(asked.supports_compute_capability(capability))
+
+    @classmethod
+    def answers_for_us(cls) -> bool:
+        """Whether this class stands for no member of vLLM's own."""
+        return cls.member == "CUSTOM"
+
+    @classmethod
     def supports_kv_cache_dtype(cls, kv_cache_dtype: Any) -> bool:
         """The model's dtype, float16, bfloat16 and float8 e4m3."""
         return cache_dtype_refusal(kv_cache_dtype) is None
 
     @classmethod
     @abstractmethod
-    def problem_asked(cls, asked: dict[str, Any]) -> Problem:
+    def problems_asked(cls, asked: dict[str, Any]) -> Sequence[Problem]:
         """What our kernels would have to do for the layer that vLLM asks about."""
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        """No: the most queries of a row, as the host knows it, decides what is launched."""
+        return False
 
     @classmethod
     def validate_configuration(cls, **asked: Any) -> list[str]:
         """vLLM's own checks and our kernels', as sentences; with `auto` a refused layer is left to vLLM instead."""
-        reasons = list(super().validate_configuration(**asked)) + cls._kernel_refusals(asked)
-        cls.left_to_engine = bool(reasons) and cls.member != "CUSTOM" and selection().mode == "auto"
-        if cls.left_to_engine:
+        ours = cls if cls.answers_for_us() else class_for(_base_of(cls), "CUSTOM")
+        reasons, chosen = ours._refusals(asked), cls
+        if reasons and ours is not cls and selection().mode == "auto":
             leave_to_engine(cls.member, reasons)
-            return list(bridge.stock_class(cls.member).validate_configuration(**asked))
+            chosen = bridge.stock_class(cls.member)
+            reasons = list(chosen.validate_configuration(**asked))
+        remember(cls.member, chosen)
         return reasons
+
+    @classmethod
+    def _refusals(cls, asked: dict[str, Any]) -> list[str]:
+        """Why we cannot serve a layer; asked of the class that answers for ourselves."""
+        reasons = list(super().validate_configuration(**asked))
+        return reasons + model_refusals(bridge.current_config(), asked) + cls._kernel_refusals(asked)
 
     @classmethod
     def _kernel_refusals(cls, asked: dict[str, Any]) -> list[str]:
         if asked.get("use_mla", False) != cls.is_mla() or cache_dtype_refusal(asked.get("kv_cache_dtype")):
             return []  # already refused above
-        try:
-            registry().choose(cls.problem_asked(asked), selection().kernels)
-        except ProviderError as error:
-            return [str(error)]
-        return []
+        reasons = []
+        for problem in cls.problems_asked(asked):
+            try:
+                registry().choose(problem, selection().kernels)
+            except ProviderError as error:
+                reasons.append(str(error))
+        return reasons
 
 
 _Backend = TypeVar("_Backend", bound=MemberBackend)
@@ -128,6 +176,11 @@ def class_for(base: type[_Backend], member: str) -> type[_Backend]:
         name = f"{base.__name__}_{member}"
         _classes[base, member] = type(name, (base,), {"member": member, "__module__": base.__module__})
     return _classes[base, member]
+
+
+def _base_of(cls: type[MemberBackend]) -> type[MemberBackend]:
+    """What `class_for` made a class of."""
+    return next(base for base in cls.__mro__ if "member" not in vars(base))
 
 
 _said: set[str] = set()
