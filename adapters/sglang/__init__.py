@@ -1,8 +1,16 @@
-"""SGLang: the settings are read and the log line is in place; the attention backend itself is still to come."""
+"""SGLang: dense and MLA attention, chosen through its registry of backends.
+
+| module | what it holds |
+| --- | --- |
+| `selection` | what is registered, and who is chosen when SGLang resolves its arguments |
+| `layers` | what a layer asks of our kernels, and why it cannot be served |
+| `steps` | SGLang's batches as steps of ours |
+| `backend` | the backend: metadata of both kinds, dense attention, MLA |
+| `bridge` | the ledger: every touch of SGLang's internals, and every difference between its releases |
+"""
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
 
 import pluggy
@@ -18,11 +26,9 @@ hookimpl = pluggy.HookimplMarker("taut")
 
 
 def _register(selection: Selection) -> None:
-    """Say that SGLang keeps its own attention; with `on`, refuse to let it serve under a wrong belief."""
-    line = "this release of taut does not yet serve SGLang, which keeps its own attention backend"
-    if selection.mode == "on":
-        raise ValueError(f"TAUT_ATTENTION=on: {line}. Set TAUT_ATTENTION=auto or unset it")
-    logging.getLogger("taut.sglang").info(line)
+    from taut.adapters.sglang.selection import register
+
+    register(selection)
 
 
 @hookimpl
@@ -37,7 +43,7 @@ def taut_engines() -> Sequence[EngineAdapter]:
             plugin_filter="SGLANG_PLUGINS",
             releases=("0.5.11", "0.5.23"),
             flag="--attention-backend taut",
-            serves=(),
+            serves=("dense", "MLA"),
             register=_register,
         )
     ]

@@ -181,8 +181,8 @@ def test_a_package_that_only_lends_its_name(monkeypatch: pytest.MonkeyPatch) -> 
     assert report.engines[0].distribution == "pluggy"
 
 
-def test_sglang_is_not_served_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    adapters(monkeypatch, installed(SGLANG))
+def test_an_engine_that_is_not_served_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapters(monkeypatch, installed(SGLANG, serves=()))
     report = look(model=LLAMA)
     assert any("does not yet serve sglang" in line for line in notes(report))
     assert report.model is not None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from taut.adapters.engine import Selection
+from taut.adapters.sglang import selection as sglang_selection
 from taut.common_kernels import providers
 from taut.common_kernels.providers import ProviderError, default_registry
 from taut.engine_plugins import hooks, sglang_plugin, vllm_plugin
@@ -90,15 +91,19 @@ def test_a_misspelt_setting_stops(monkeypatch: pytest.MonkeyPatch, told: list[Se
 
 
 @pytest.mark.parametrize("mode", [None, "auto"])
-def test_sglang_says_that_it_is_not_served_yet(
+def test_an_sglang_that_lacks_what_we_need_keeps_its_own(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], mode: str | None
 ) -> None:
+    """Nothing of SGLang can be imported here, and none of the probes holds: one line says which."""
+    monkeypatch.setitem(sys.modules, "sglang", None)
+    monkeypatch.setattr(sglang_selection._state, "said", set())
     if mode:
         monkeypatch.setenv("TAUT_ATTENTION", mode)
     sglang_plugin.register()
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
-    assert "does not yet serve SGLang" in lines[0]
+    assert "SGLang keeps its own attention" in lines[0]
+    assert "attention_registry.ATTENTION_BACKENDS" in lines[0]
 
 
 @pytest.mark.parametrize(
@@ -106,14 +111,27 @@ def test_sglang_says_that_it_is_not_served_yet(
     [("TAUT_ATTENTION", "on"), ("TAUT_ATTENTION", "onn"), ("TAUT_KERNELS", "nobody"), ("TAUT_X", "1")],
 )
 def test_sglang_is_stopped_by_what_it_cannot_swallow(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setitem(sys.modules, "sglang", None)  # where nothing of it can be imported, `on` cannot take effect
     monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as stopped:
         sglang_plugin.register()
     line = stopped.value.code
     assert isinstance(line, str)  # Python prints it and exits with status 1
     assert line.startswith("taut: ")
-    assert name in line
+    assert ("this SGLang has no" if value == "on" else name) in line
     assert "\n" not in line
+
+
+def test_whatever_goes_wrong_stops_an_sglang_that_was_told_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_engine: str) -> None:
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(hooks, "load_into", broken)
+    with pytest.raises(RuntimeError):  # SGLang logs it, and serves without us
+        sglang_plugin.register()
+    monkeypatch.setenv("TAUT_ATTENTION", "on")
+    with pytest.raises(SystemExit, match="cannot take effect: RuntimeError: out of order"):
+        sglang_plugin.register()
 
 
 @pytest.mark.parametrize(("name", "module"), [("vllm", vllm_plugin), ("sglang", sglang_plugin)])

@@ -1,0 +1,513 @@
+"""SGLang's attention on our kernels: one backend for dense models and for MLA, for both kinds of graph metadata.
+
+A forward makes one `Step` out of tensors that SGLang already has on the device: nothing is waited for on the host. A
+layer then stores its new keys and values straight into SGLang's pool and calls one operation, which writes into the
+tensor that SGLang offers for its output, or into a new one that nobody fills.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+
+from taut.adapters.sglang import bridge, layers, selection
+from taut.adapters.sglang.steps import Batch, Steps, TautMetadata, batch_of
+from taut.common_kernels.providers import registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from taut.adapters.sglang.layers import Plan
+    from taut.common_kernels.kernels import Workspace
+    from taut.common_kernels.problem import Problem
+    from taut.common_kernels.step import Step
+
+log = logging.getLogger("taut.sglang")
+
+# Two, since a layer's output may still be read when the next one is written.
+OUTPUTS = 2
+
+
+class TautBackend(AttentionBackend):
+    """What SGLang asks of a backend.
+
+    Args:
+        model_runner: SGLang's; its model is loaded and its pools are made.
+
+    Raises:
+        ValueError: a layer cannot be served; the message holds every reason.
+
+    Attributes:
+        token_to_kv_pool: SGLang finds the pools of a forward through its backend.
+        req_to_token_pool: likewise.
+        forward_metadata: of the forward that is running.
+    """
+
+    needs_cpu_seq_lens = False
+
+    def __init__(self, model_runner: Any) -> None:
+        super().__init__()
+        self.token_to_kv_pool = model_runner.token_to_kv_pool
+        self.req_to_token_pool = model_runner.req_to_token_pool
+        self.forward_metadata: TautMetadata | None = None
+        arguments = model_runner.server_args
+        reasons = selection.argument_refusals(arguments)
+        if reasons:
+            raise ValueError(selection.refusal(reasons))
+        self.device = torch.device(model_runner.device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.around = layers.Surroundings(
+            device=self.device,
+            dtype=model_runner.dtype,
+            cache_dtype=model_runner.kv_cache_dtype,
+            pool=self.token_to_kv_pool,
+            mla=bool(getattr(model_runner, "use_mla_backend", False)),
+            whole_prompts=getattr(arguments, "chunked_prefill_size", None) == -1,
+            kernels=selection.chosen().kernels,
+        )
+        self.max_tokens = most_tokens(arguments)
+        self.workspaces: dict[tuple[Problem, bool], Workspace] = {}
+        self.captured: dict[Any, TautMetadata] = {}
+        self._outputs: list[Tensor] = []
+        self._next_output = 0
+        found = bridge.attention_layers(getattr(model_runner, "model", None))
+        try:
+            self.plans: dict[Any, Plan] = layers.judge(found, self.around)
+        except ValueError as error:
+            raise ValueError(selection.refusal([str(error)])) from error
+        translation = bridge.slot_translation(self.token_to_kv_pool)
+        windowed = [plan for plan in self.plans.values() if plan.windowed_pool]
+        self.first_windowed = next((layer for layer, plan in self.plans.items() if plan.windowed_pool), None)
+        self.steps = Steps(
+            self.req_to_token_pool.req_to_token,
+            int(self.req_to_token_pool.size) + 1,
+            translation,
+            max(
+                (plan.mask.left for plan in windowed), default=int(getattr(model_runner, "sliding_window_size", 0) or 0)
+            ),
+        )
+        for plan in self.plans.values():
+            self._workspace(plan)
+        if self.around.mla:
+            bridge.register_mla(mla_form)
+        for kind, provider in dict.fromkeys((kind_of(plan), plan.provider) for plan in self.plans.values()):
+            selection.announce(kind, provider)
+
+    # Metadata
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        """Of a forward that no graph holds."""
+        if forward_batch.batch_size == 0:
+            self.forward_metadata = None
+            return
+        metadata = self.steps.metadata(batch_of(forward_batch, in_graph=False))
+        self._make_room(metadata.batch)
+        self.forward_metadata = metadata
+        self._prepare(metadata)
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        """Before a graph is captured, and before it is replayed: all that a replay needs is in the graph itself."""
+        if in_capture or forward_batch.forward_mode.is_extend_without_speculative():
+            self.forward_metadata = self.steps.metadata(batch_of(forward_batch, in_graph=True), captured=True)
+
+    def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
+        """What a graph holds of the metadata: lengths and schedules, a launch each."""
+        assert self.forward_metadata is not None
+        self._prepare(self.forward_metadata)
+
+    def init_forward_metadata_capture_cuda_graph(
+        self,
+        bs: int,
+        num_tokens: int,
+        req_pool_indices: Tensor,
+        seq_lens: Tensor,
+        encoder_lens: Tensor | None,
+        forward_mode: Any,
+        spec_info: Any,
+        *_: Any,
+    ) -> None:
+        """Releases before 0.5.13: before a graph is captured."""
+        queries = num_tokens // bs
+        batch = Batch(
+            req_pool_indices[:bs],
+            seq_lens[:bs],
+            num_tokens,
+            queries,
+            None,
+            queries,
+            queries if forward_mode.is_target_verify() else 0,
+        )
+        metadata = self.steps.metadata(batch, captured=True)
+        self.captured[bs, forward_mode] = self.forward_metadata = metadata
+        self._prepare(metadata)
+
+    def init_forward_metadata_replay_cuda_graph(
+        self,
+        bs: int,
+        req_pool_indices: Tensor,
+        seq_lens: Tensor,
+        seq_lens_sum: int,
+        encoder_lens: Tensor | None,
+        forward_mode: Any,
+        spec_info: Any,
+        *_: Any,
+        **__: Any,
+    ) -> None:
+        """Releases before 0.5.13: before a graph is replayed; its tensors lie where they lay when it was captured."""
+        captured = self.captured[bs, forward_mode]
+        self.forward_metadata = replace(
+            captured, batch=replace(captured.batch, seq_lens=seq_lens[:bs], request_rows=req_pool_indices[:bs])
+        )
+        self._prepare(self.forward_metadata)
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *_: Any, **__: Any) -> None:
+        """Room for whatever a graph holds, before the first is captured.
+
+        Raises:
+            ValueError: the kernels cannot be captured.
+        """
+        for provider in {plan.provider for plan in self.plans.values()}:
+            if not next(p for p in registry().providers if p.name == provider).graphs:
+                raise ValueError(
+                    f"the kernels {provider!r} cannot be captured in a CUDA graph: set TAUT_KERNELS=auto, or start "
+                    "SGLang with --disable-cuda-graph"
+                )
+        self.steps.reserve(max_bs)
+        self.max_tokens = max(self.max_tokens, max_num_tokens)
+        self.workspaces.clear()
+        for plan in self.plans.values():
+            self._workspace(plan)
+        widest = max((plan.problem.q_heads * plan.problem.value_size for plan in self.plans.values()), default=0)
+        self._outputs = [
+            torch.empty(max_num_tokens * widest, dtype=self.around.dtype, device=self.device) for _ in range(OUTPUTS)
+        ]
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        """The length of a padded request: one token, in the slot that SGLang keeps for nobody."""
+        return 1
+
+    def get_verify_buffers_to_fill_after_draft(self) -> list[Any]:
+        """Releases before 0.5.17: no mask and no positions are wanted of the draft."""
+        return [None, None]
+
+    def update_verify_buffers_to_fill_after_draft(self, spec_info: Any, cuda_graph_bs: int | None) -> None:
+        """Nothing depends on what the draft fills in."""
+
+    def _make_room(self, batch: Batch) -> None:
+        """New workspaces if a batch is larger than any that was to be expected (padding under data parallelism)."""
+        if batch.tokens > self.max_tokens or self.steps.max_rows > self._workspace_rows:
+            self.max_tokens = max(self.max_tokens, batch.tokens)
+            self.workspaces.clear()
+            for plan in self.plans.values():
+                self._workspace(plan)
+
+    def _prepare(self, metadata: TautMetadata) -> None:
+        self.steps.fill(metadata)
+        metadata.prepared.clear()
+        metadata.windowed_slots = metadata.whole_starts = None
+        for (problem, windowed), workspace in self.workspaces.items():
+            workspace.prepare(metadata.windowed if windowed and metadata.windowed else metadata.step)
+            metadata.prepared[problem, windowed] = workspace
+
+    def _workspace(self, plan: Plan) -> Workspace | None:
+        """The workspace that a layer shares with all that ask for the same; made on first use."""
+        if plan.problem.operation == "ragged_attention":
+            return None
+        key = plan.problem, plan.windowed_pool
+        if key not in self.workspaces:
+            self._workspace_rows = self.steps.max_rows
+            table = selection.chosen().table
+            self.workspaces[key] = plan.kernels.workspace(
+                plan.problem,
+                self.steps.max_rows,
+                max(self.max_tokens, self.steps.max_rows),
+                str(self.device),
+                None if table is None else str(table),
+            )
+        return self.workspaces[key]
+
+    # Layers
+
+    def forward_decode(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        **asked: Any,
+    ) -> Any:
+        """One new token of each request."""
+        return self._attend(q, k, v, layer, forward_batch, save_kv_cache, **asked)
+
+    def forward_extend(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        **asked: Any,
+    ) -> Any:
+        """Prompts and their chunks, mixed batches, verification and what a draft takes in."""
+        return self._attend(q, k, v, layer, forward_batch, save_kv_cache, **asked)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool,
+        *,
+        sinks: Tensor | None = None,
+        q_rope: Tensor | None = None,
+        k_rope: Tensor | None = None,
+        **others: Any,
+    ) -> Any:
+        unknown = [name for name, value in others.items() if value is not None]
+        if (k is None) != (v is None):
+            unknown.append("k without v")
+        if unknown:
+            raise ValueError(selection.refusal([f"the layer's argument {name} is not supported" for name in unknown]))
+        metadata = self.forward_metadata
+        assert metadata is not None
+        selection.say_first_step(metadata.batch.rows, metadata.batch.tokens)
+        plan = self._plan(layer)
+        if plan.absorbed:
+            return self._absorbed(q, k, layer, plan, forward_batch, metadata, save_kv_cache, q_rope, k_rope)
+        if q_rope is not None or k_rope is not None:
+            raise ValueError(
+                selection.refusal(["queries and keys in two parts (q_rope, k_rope) for a layer without MLA"])
+            )
+        if plan.ragged:
+            return self._unabsorbed(q, k, v, layer, plan, forward_batch, metadata, save_kv_cache)
+        return self._dense(q, k, v, layer, plan, forward_batch, metadata, save_kv_cache, sinks)
+
+    def _plan(self, layer: Any) -> Plan:
+        if layer not in self.plans:
+            self.plans[layer] = layers.plan(layer, self.around)
+            selection.announce(kind_of(self.plans[layer]), self.plans[layer].provider)
+            if self.first_windowed is None and self.plans[layer].windowed_pool:
+                self.first_windowed = layer
+        return self.plans[layer]
+
+    def _ready(self, plan: Plan, metadata: TautMetadata) -> tuple[Step, Workspace]:
+        """A layer's step and its workspace, which is prepared now if no layer has asked for it before."""
+        step = metadata.windowed if plan.windowed_pool and metadata.windowed else metadata.step
+        key = plan.problem, plan.windowed_pool
+        if key not in metadata.prepared:
+            workspace = self._workspace(plan)
+            assert workspace is not None
+            workspace.prepare(step)
+            metadata.prepared[key] = workspace
+        return step, metadata.prepared[key]
+
+    def _slots(self, layer: Any, plan: Plan, forward_batch: Any, metadata: TautMetadata) -> Tensor:
+        """Where a layer's new tokens go."""
+        slots: Tensor = forward_batch.out_cache_loc
+        if not plan.windowed_pool:
+            return slots
+        if metadata.windowed_slots is None or layer is self.first_windowed:
+            assert self.steps.translation is not None
+            metadata.windowed_slots = self.steps.translation[slots]
+        return metadata.windowed_slots[: slots.shape[0]]
+
+    def _dense(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        layer: Any,
+        plan: Plan,
+        forward_batch: Any,
+        metadata: TautMetadata,
+        save_kv_cache: bool,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        problem = plan.problem
+        query = q.view(-1, problem.q_heads, problem.head_size)
+        if k is not None and v is not None:
+            k = k.view(-1, problem.kv_heads, problem.head_size)
+            v = v.view(-1, problem.kv_heads, problem.value_size)
+        out, view = self._output(q, query.shape[0], problem, forward_batch, metadata)
+        key_cache, value_cache = bridge.dense_cache(self.token_to_kv_pool, layer.layer_id)
+        if k is not None and v is not None and save_kv_cache:
+            slots = self._slots(layer, plan, forward_batch, metadata)
+            plan.kernels.store_kv(
+                k, v, key_cache, value_cache, slots, key_scale=plan.key_scale, value_scale=plan.value_scale
+            )
+        if plan.encoder:
+            if k is None or v is None or any(forward_batch.extend_prefix_lens_cpu or ()):
+                raise ValueError(selection.refusal(["an encoder's layer over keys that were cached before"]))
+            starts, longest = metadata.step.query_starts, metadata.step.max_query
+            plan.kernels.ragged_attention(
+                query, k, v, starts, starts, plan.mask, view,
+                scale=plan.scale, max_query=longest, max_length=longest, sinks=sinks,
+            )  # fmt: skip
+            return out
+        step, workspace = self._ready(plan, metadata)
+        plan.kernels.paged_attention(
+            query,
+            key_cache,
+            value_cache,
+            step,
+            plan.mask,
+            view,
+            scale=plan.scale,
+            key_scale=plan.key_scale,
+            value_scale=plan.value_scale,
+            sinks=sinks,
+            workspace=workspace,
+        )
+        return out
+
+    def _absorbed(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        layer: Any,
+        plan: Plan,
+        forward_batch: Any,
+        metadata: TautMetadata,
+        save_kv_cache: bool,
+        q_rope: Tensor | None,
+        k_rope: Tensor | None,
+    ) -> Tensor:
+        """MLA over the latent cache. Queries and keys come in two parts, or joined, and are read where they lie."""
+        problem = plan.problem
+        rank, rope = problem.value_size, problem.head_size - problem.value_size
+        if q_rope is None:
+            joined = q.view(-1, problem.q_heads, problem.head_size)
+            q_nope, q_pe = joined[..., :rank], joined[..., rank:]
+        else:
+            q_nope, q_pe = q.view(-1, problem.q_heads, rank), q_rope.view(-1, problem.q_heads, rope)
+        cache = bridge.mla_cache(self.token_to_kv_pool, layer.layer_id)
+        if k is not None and save_kv_cache:
+            if k_rope is None:
+                joined = k.view(-1, problem.head_size)
+                latent, pe = joined[:, :rank], joined[:, rank:]
+            else:
+                latent, pe = k.view(-1, rank), k_rope.view(-1, rope)
+            plan.kernels.store_mla_kv(latent, pe, cache, forward_batch.out_cache_loc)
+        out, view = self._output(q, q_nope.shape[0], problem, forward_batch, metadata)
+        step, workspace = self._ready(plan, metadata)
+        plan.kernels.mla_decode(q_nope, q_pe, cache, step, view, scale=plan.scale, workspace=workspace)
+        return out
+
+    def _unabsorbed(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        layer: Any,
+        plan: Plan,
+        forward_batch: Any,
+        metadata: TautMetadata,
+        save_kv_cache: bool,
+    ) -> Any:
+        """MLA among keys that were projected up again; the latent vectors have been stored by SGLang.
+
+        The keys are those of the new tokens, or of one chunk of what is cached, then seen by all queries, or of whole
+        requests, cached and new. SGLang merges the chunks, and so wants the LSE.
+        """
+        if k is None or v is None or save_kv_cache:
+            raise ValueError(selection.refusal(["unabsorbed MLA that reads or writes the cache itself"]))
+        problem = plan.problem
+        query = q.view(-1, problem.q_heads, problem.head_size)
+        key = k.view(-1, problem.kv_heads, problem.head_size)
+        value = v.view(-1, problem.kv_heads, problem.value_size)
+        step, mask = metadata.step, plan.mask
+        key_starts, longest = step.query_starts, step.max_query
+        if forward_batch.attn_attend_prefix_cache:
+            chunk = forward_batch.prefix_chunk_idx
+            key_starts, mask = forward_batch.prefix_chunk_cu_seq_lens[chunk], replace(mask, causal=False)
+            longest = int(forward_batch.prefix_chunk_max_seq_lens[chunk])
+        elif getattr(forward_batch, "mha_one_shot", False) and key.shape[0] != query.shape[0]:
+            key_starts, longest = self._whole_starts(metadata), step.max_length
+        wants_lse = bool(getattr(forward_batch, "mha_return_lse", False))
+        lse = query.new_empty(query.shape[:2], dtype=torch.float32) if wants_lse else None
+        out, view = self._output(q, query.shape[0], problem, forward_batch, metadata)
+        plan.kernels.ragged_attention(
+            query, key, value, step.query_starts, key_starts, mask, view,
+            scale=plan.scale, max_query=step.max_query, max_length=longest, lse=lse,
+        )  # fmt: skip
+        return (view, lse) if wants_lse else out
+
+    def _whole_starts(self, metadata: TautMetadata) -> Tensor:
+        """[R + 1] int32: where each request begins among all keys, cached and new; made once a step."""
+        if metadata.whole_starts is None:
+            lengths = metadata.step.lengths
+            metadata.whole_starts = torch.zeros(lengths.shape[0] + 1, dtype=torch.int32, device=lengths.device)
+            torch.cumsum(lengths, 0, dtype=torch.int32, out=metadata.whole_starts[1:])
+        return metadata.whole_starts
+
+    def _output(
+        self, q: Tensor, tokens: int, problem: Problem, forward_batch: Any, metadata: TautMetadata
+    ) -> tuple[Tensor, Tensor]:
+        """Where a layer's output goes, as SGLang wants it, [T, Hq * V], and as our kernels do, [T, Hq, V].
+
+        SGLang's own tensor where it offers one; in a captured graph one that was allocated before; else a new one.
+        """
+        width = problem.q_heads * problem.value_size
+        dtype = self.around.dtype
+        given = bridge.take_output(forward_batch)
+        if given is not None and given.numel() == tokens * width and given.dtype == dtype and given.device == q.device:
+            return given, given.view(tokens, problem.q_heads, problem.value_size)
+        if metadata.captured and self._outputs:
+            self._next_output = (self._next_output + 1) % OUTPUTS
+            out = self._outputs[self._next_output][: tokens * width].view(tokens, width)
+        else:
+            out = q.new_empty((tokens, width), dtype=dtype)
+        return out, out.view(tokens, problem.q_heads, problem.value_size)
+
+
+def most_tokens(arguments: Any) -> int:
+    """The most tokens that a forward is to be expected to have; a longer one is made room for when it comes."""
+    chunk = getattr(arguments, "chunked_prefill_size", None) or 0
+    return max(chunk, 8192) if chunk > 0 else int(getattr(arguments, "max_prefill_tokens", None) or 16384)
+
+
+def kind_of(plan: Plan) -> str:
+    """ "dense" or "MLA", for the log."""
+    return "MLA" if plan.absorbed or plan.ragged else "dense"
+
+
+def mla_form(layer: Any, forward_batch: Any) -> Any:
+    """Which form of MLA serves a batch: SGLang asks in every layer.
+
+    Absorbed, a pair of a query and a key costs Hq * (2 C + E) products; unabsorbed Hq * (D + V), but every cached key
+    is projected up first, for Hq * C * (D - E + V). So prompts are unabsorbed where nothing of them is cached, and
+    where enough new tokens share the projection of what is; decode, verification and captured prefills are absorbed.
+    """
+    forms = bridge.mla_forms()
+    prefixes = forward_batch.extend_prefix_lens_cpu
+    if (
+        bridge.prefill_is_captured()
+        or not forward_batch.forward_mode.is_extend_without_speculative()
+        or prefixes is None
+    ):
+        return bridge.absorbed_form(layer, forward_batch)
+    cached = sum(prefixes)
+    if not cached:
+        return forms.MHA
+    if layer.disable_chunked_prefix_cache:
+        return bridge.absorbed_form(layer, forward_batch)
+    rank, rope, value = layer.kv_lora_rank, layer.qk_rope_head_dim, layer.v_head_dim
+    nope = layer.qk_nope_head_dim
+    saved = (2 * rank + rope) - (nope + rope + value)
+    pairs = sum(new * old for new, old in zip(forward_batch.extend_seq_lens_cpu, prefixes, strict=False))
+    if pairs * saved <= cached * rank * (nope + value):
+        return bridge.absorbed_form(layer, forward_batch)
+    whole = cached + sum(forward_batch.extend_seq_lens_cpu)
+    if whole <= forward_batch.get_max_chunk_capacity():
+        return forms.MHA_ONE_SHOT
+    return forms.MHA_CHUNKED_KV if bridge.can_merge_chunks() else bridge.absorbed_form(layer, forward_batch)

@@ -1,0 +1,423 @@
+"""The ledger: every touch of SGLang's internals and every difference between its releases that this adapter meets.
+
+Each entry says what it is, since and until which release, how it is told apart (by a probe, never by comparing
+versions), why we need it, and when it can go. The functions below are the only places where those touches happen; the
+other modules of this adapter import from SGLang only `AttentionBackend`, whose place is the same from 0.5.11 to 0.5.23,
+and read the fields of the batch, the layer and the runner that every backend reads.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from taut.common_kernels.paging import slot_cache_view
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+NAME = "taut"
+
+
+@dataclass(frozen=True)
+class Touch:
+    """One entry of the ledger.
+
+    Args:
+        what: the internal or the difference.
+        since: the first release that has it.
+        until: the last release that has it; "" while it lasts.
+        detected: the probe.
+        why: what we need it for.
+        ends: when the entry can go.
+    """
+
+    what: str
+    since: str
+    until: str
+    detected: str
+    why: str
+    ends: str
+
+
+LEDGER = (
+    Touch(
+        what="ATTENTION_BACKENDS, filled by register_attention_backend",
+        since="0.5.11",
+        until="",
+        detected="importable from sglang.srt.layers.attention.attention_registry",
+        why="the name `taut` stands for our backend",
+        ends="never: this is how a backend is registered",
+    ),
+    Touch(
+        what="add_attention_backend_choices: the names that --attention-backend and its variants take",
+        since="0.5.11",
+        until="",
+        detected="importable from sglang.srt.server_args",
+        why="the command line refuses every other name",
+        ends="never",
+    ),
+    Touch(
+        what="add_draft_attention_backend_choices: the names that --speculative-draft-attention-backend takes",
+        since="0.5.19",
+        until="",
+        detected="hasattr(sglang.srt.server_args, name); before, the list above serves for it too",
+        why="the same for the draft model",
+        ends="when 0.5.18 leaves the range",
+    ),
+    Touch(
+        what="CHUNKED_PREFIX_CACHE_SUPPORTED_ATTENTION_BACKENDS, in model_runner until 0.5.15, then in server_args",
+        since="0.5.11",
+        until="",
+        detected="hasattr on either module; model_runner only once the process has imported it",
+        why="unabsorbed MLA over a cached prefix is switched off for a name that is not in the list",
+        ends="when a backend can say so itself",
+    ),
+    Touch(
+        what="MLA_ATTENTION_BACKENDS in model_runner",
+        since="0.5.11",
+        until="0.5.15.post1",
+        detected="hasattr(model_runner, name), once the process has imported it",
+        why="the list of backends that can serve MLA",
+        ends="when 0.5.15 leaves the range",
+    ),
+    Touch(
+        what="AttentionBackendRegistry and AttnForwardMethod: which form of MLA serves a batch, by the backend's name",
+        since="0.5.11",
+        until="",
+        detected="importable from sglang.srt.models.deepseek_common",
+        why="a name without a handler gets triton's, which takes the absorbed form for every cached prefix",
+        ends="when a backend can say so itself",
+    ),
+    Touch(
+        what="what asks whether a prefill is being captured: is_in_piecewise_cuda_graph until 0.5.13, then two others",
+        since="0.5.11",
+        until="",
+        detected="getattr on the module of the handlers, which imports those that its release has",
+        why="a captured prefill must take one form of MLA always",
+        ends="when 0.5.13 leaves the range",
+    ),
+    Touch(
+        what="_dispatch_mla_subtype: the absorbed form with or without its rotation fused in",
+        since="0.5.11",
+        until="",
+        detected="an attribute of the module of the handlers",
+        why="a CPU with AMX fuses it",
+        ends="when handlers answer with the form alone",
+    ),
+    Touch(
+        what="FORWARD_ABSORB_CORE_ATTENTION_BACKENDS, a list without an adder",
+        since="0.5.11",
+        until="",
+        detected="importable from sglang.srt.models.deepseek_common.utils",
+        why="only its members get the two parts of absorbed queries and keys apart; for others they are concatenated",
+        ends="when a backend can say so itself",
+    ),
+    Touch(
+        what="the arguments are resolved by ServerArgs.__post_init__, then by ServerArgs.resolve_once",
+        since="0.5.11",
+        until="",
+        detected="hasattr(ServerArgs, 'resolve_once'); the patch of __post_init__ is ignored from 0.5.20 on (msgspec)",
+        why="TAUT_ATTENTION=auto and on set the backend's name before SGLang chooses one",
+        ends="when a setting of the environment can choose a backend",
+    ),
+    Touch(
+        what="the backends are built by ModelRunner.init_attention_backend, then by init_attention_backends",
+        since="0.5.11",
+        until="",
+        detected="hasattr(ModelRunner, name), once the process has imported it",
+        why="TAUT_ATTENTION=on that did not take effect must stop the server: it is checked after them",
+        ends="with the entry above",
+    ),
+    Touch(
+        what="metadata for CUDA graphs: init_forward_metadata_capture_cuda_graph and ..._replay_cuda_graph",
+        since="0.5.11",
+        until="0.5.12.post1",
+        detected="a release calls the ones it knows; from 0.5.13 on init_forward_metadata_out_graph and ..._in_graph",
+        why="the backend has both",
+        ends="when 0.5.12 leaves the range",
+    ),
+    Touch(
+        what="the pools: token_to_kv_pool and req_to_token_pool of the runner, and from 0.5.13 on of the backend",
+        since="0.5.11",
+        until="",
+        detected="attributes of the runner in every release",
+        why="we read and write the pool's tensors themselves; later releases find the pools through the backend",
+        ends="never",
+    ),
+    Touch(
+        what="a hybrid pool keeps the keys of windowed layers apart: layers_mapping, full_to_swa_index_mapping",
+        since="0.5.11",
+        until="",
+        detected="hasattr(pool, 'layers_mapping') and a mapping that is not None",
+        why="slots are translated once a step, so none of the three ways to hand them to set_kv_buffer is needed",
+        ends="never",
+    ),
+    Touch(
+        what="_attn_output of a batch: the tensor that a layer's output should be written to",
+        since="0.5.11",
+        until="",
+        detected="getattr; taken away when read, since releases before 0.5.23 leave it there for the next layer",
+        why="nothing is copied afterwards",
+        ends="never",
+    ),
+    Touch(
+        what="get_config: a model's configuration, with the user's overrides",
+        since="0.5.11",
+        until="",
+        detected="importable from sglang.srt.utils.hf_transformers_utils",
+        why="TAUT_ATTENTION=auto judges the model before SGLang starts",
+        ends="when a setting of the environment can choose a backend",
+    ),
+)
+
+SERVER_ARGS = "sglang.srt.server_args"
+MODEL_RUNNER = "sglang.srt.model_executor.model_runner"
+REGISTRY = "sglang.srt.layers.attention.attention_registry"
+HOOKS = "sglang.srt.plugins.hook_registry"
+MLA_HANDLERS = "sglang.srt.models.deepseek_common.attention_backend_handler"
+MLA_UTILITIES = "sglang.srt.models.deepseek_common.utils"
+MLA_FORMS = "sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods"
+MLA_UNABSORBED = "sglang.srt.models.deepseek_common.attention_forward_methods.forward_mha"
+CAPTURE_PROBES = ("is_in_piecewise_cuda_graph", "is_in_tc_piecewise_cuda_graph", "is_in_breakable_cuda_graph")
+NEEDED = (
+    (REGISTRY, "ATTENTION_BACKENDS"),
+    (REGISTRY, "register_attention_backend"),
+    (SERVER_ARGS, "ServerArgs"),
+    (SERVER_ARGS, "ATTENTION_BACKEND_CHOICES"),
+    (SERVER_ARGS, "add_attention_backend_choices"),
+    (HOOKS, "HookRegistry"),
+    (HOOKS, "HookType"),
+    ("sglang.srt.layers.attention.base_attn_backend", "AttentionBackend"),
+)
+
+
+class BridgeError(ValueError):
+    """This release of SGLang lacks something that we need; the message names the probe."""
+
+
+def check() -> None:
+    """Probe what registration needs.
+
+    Raises:
+        BridgeError: something is missing, by name.
+    """
+    missing = []
+    for module, name in NEEDED:
+        try:
+            found = hasattr(import_module(module), name)
+        except ImportError:
+            found = False
+        if not found:
+            missing.append(f"{module}.{name}")
+    if missing:
+        raise BridgeError(
+            f"this SGLang has no {', no '.join(missing)}: taut was made for the releases 0.5.11 to 0.5.23 and cannot "
+            "register itself here"
+        )
+
+
+def engine_version() -> str:
+    """SGLang's release, as it says itself."""
+    import sglang
+
+    return str(getattr(sglang, "__version__", "of an unknown release"))
+
+
+def register(factory: Callable[[Any], Any]) -> None:
+    """Let `NAME` stand for the backend that `factory(model_runner)` makes; idempotent."""
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+    register_attention_backend(NAME)(factory)
+    server_args = import_module(SERVER_ARGS)
+    if NAME not in server_args.ATTENTION_BACKEND_CHOICES:
+        server_args.add_attention_backend_choices([NAME])
+    draft = getattr(server_args, "DRAFT_ATTENTION_BACKEND_CHOICES", None)
+    if draft is not None and NAME not in draft:
+        server_args.add_draft_attention_backend_choices([NAME])
+    for module in (server_args, sys.modules.get(MODEL_RUNNER)):
+        _join(getattr(module, "CHUNKED_PREFIX_CACHE_SUPPORTED_ATTENTION_BACKENDS", None))
+        _join(getattr(module, "MLA_ATTENTION_BACKENDS", None))
+
+
+def register_mla(handler: Callable[[Any, Any], Any]) -> None:
+    """Let `handler(layer, batch)` choose the form of MLA for `NAME`, and have absorbed queries in two parts.
+
+    Raises:
+        BridgeError: this release keeps them elsewhere.
+    """
+    try:
+        registry = import_module(MLA_HANDLERS).AttentionBackendRegistry
+        wanting = import_module(MLA_UTILITIES).FORWARD_ABSORB_CORE_ATTENTION_BACKENDS
+    except (ImportError, AttributeError) as error:
+        raise BridgeError(f"SGLang {engine_version()} chooses the form of MLA in another place: {error}") from error
+    registry.register(NAME, handler)
+    _join(wanting)
+
+
+def mla_forms() -> Any:
+    """SGLang's names for the forms of MLA: MHA, MHA_ONE_SHOT and MHA_CHUNKED_KV, all of them unabsorbed."""
+    return import_module(MLA_FORMS).AttnForwardMethod
+
+
+def absorbed_form(layer: Any, forward_batch: Any) -> Any:
+    """The absorbed form of MLA as it is on this machine: with its rotation fused in, or not."""
+    return import_module(MLA_HANDLERS)._dispatch_mla_subtype(layer, forward_batch)
+
+
+def prefill_is_captured() -> bool:
+    """Whether the forward that is running is captured, whole or in pieces: then the form of MLA must not vary."""
+    handlers = import_module(MLA_HANDLERS)
+    probes = (getattr(handlers, name, None) for name in CAPTURE_PROBES)
+    return any(captured() for captured in probes if captured is not None)
+
+
+def can_merge_chunks() -> bool:
+    """Whether SGLang has the kernel that merges the chunks of unabsorbed MLA: it has none on a CPU."""
+    mha = import_module(MLA_UNABSORBED)
+    return hasattr(mha, "merge_state_v2") or hasattr(mha, "merge_state")
+
+
+def _join(names: list[str] | None) -> None:
+    if names is not None and NAME not in names:
+        names.append(NAME)
+
+
+def stock_backend(name: str, model_runner: Any) -> Any:
+    """A backend of SGLang's own."""
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+    return ATTENTION_BACKENDS[name](model_runner)
+
+
+def backends_asked(server_args: Any) -> dict[str, str]:
+    """The backends that the user asked for, by the name of the argument."""
+    arguments = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
+    asked = {argument: getattr(server_args, argument, None) for argument in arguments}
+    return {argument: name for argument, name in asked.items() if name is not None}
+
+
+def has_model(server_args: Any) -> bool:
+    """Whether the arguments name a model: SGLang also makes records without one."""
+    return str(getattr(server_args, "model_path", None)).lower() not in ("none", "dummy", "")
+
+
+def target(server_args: Any) -> str:
+    """What the model is going to run on, before SGLang has settled it: "cpu", "sm_90"."""
+    import torch
+
+    from taut.common_kernels.targets import target_of
+
+    device = getattr(server_args, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu")
+    return target_of(torch.device(device))
+
+
+def before_resolution(hook: Callable[[Any], None]) -> None:
+    """Call `hook(server_args)` before SGLang resolves its arguments; not for those that have been resolved."""
+    server_args = import_module(SERVER_ARGS).ServerArgs
+    method = "resolve_once" if hasattr(server_args, "resolve_once") else "__post_init__"
+
+    def unresolved(args: Any, *_: Any, **__: Any) -> None:
+        if not getattr(args, "_resolution_finished", False):
+            hook(args)
+
+    _hook(f"{SERVER_ARGS}.ServerArgs.{method}", unresolved, "BEFORE")
+
+
+def after_backends_are_built(hook: Callable[[Any], None]) -> None:
+    """Call `hook(model_runner)` when a model's attention backends have been built.
+
+    Nothing is done in a process that has not imported the model runner, which builds none.
+    """
+    module = sys.modules.get(MODEL_RUNNER)
+    if module is None:
+        return
+    methods = [m for m in ("init_attention_backends", "init_attention_backend") if hasattr(module.ModelRunner, m)]
+    if not methods:
+        raise BridgeError(f"SGLang {engine_version()}: ModelRunner has no init_attention_backend(s)")
+    _hook(f"{MODEL_RUNNER}.ModelRunner.{methods[0]}", lambda _result, runner, *_, **__: hook(runner), "AFTER")
+
+
+def _hook(target: str, hook: Callable[..., None], kind: str) -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(target, hook, HookType[kind])
+
+
+def model_config(server_args: Any) -> dict[str, Any]:
+    """The model's `config.json` as SGLang reads it."""
+    import json
+
+    from sglang.srt.utils.hf_transformers_utils import get_config
+
+    overrides = json.loads(getattr(server_args, "json_model_override_args", None) or "{}")
+    config = get_config(
+        server_args.model_path,
+        trust_remote_code=bool(server_args.trust_remote_code),
+        revision=server_args.revision,
+        model_override_args=overrides,
+    )
+    return dict(config.to_dict())
+
+
+def attention_layers(model: Any) -> list[Any]:
+    """Every attention layer of a model with a cache; empty where there is no model to look into."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    modules = getattr(model, "modules", None)
+    return [module for module in modules() if isinstance(module, RadixAttention)] if modules else []
+
+
+def attention_type(layer: Any) -> str:
+    """ "decoder", "decoder_bidirectional" or "encoder_only"."""
+    return str(getattr(layer.attn_type, "value", layer.attn_type))
+
+
+def dense_cache(pool: Any, layer_id: int) -> tuple[Tensor, Tensor]:
+    """Keys [slots, 1, Hk, D] and values [slots, 1, Hk, V] of a layer: the pool's own tensors.
+
+    Asked for in every layer, since a hierarchical cache waits there for what it loads.
+    """
+    return slot_cache_view(pool.get_key_buffer(layer_id)), slot_cache_view(pool.get_value_buffer(layer_id))
+
+
+def mla_cache(pool: Any, layer_id: int) -> Tensor:
+    """Latent and rope vectors [slots, 1, C + E] of a layer: the pool's own tensor."""
+    cache: Tensor = pool.get_key_buffer(layer_id)
+    return cache
+
+
+def cache_refusal(pool: Any, layer_id: int) -> str | None:
+    """Why a pool's tensors cannot be read and written as they are; None when they can."""
+    buffers = [pool.get_key_buffer(layer_id) for _ in range(2)]
+    if buffers[0].data_ptr() != buffers[1].data_ptr():
+        return f"{type(pool).__name__} gives a copy of its keys, not the keys"
+    if buffers[0].dim() != 3:
+        return f"{type(pool).__name__} keeps its keys as {buffers[0].dim()} dimensions, not as [slots, heads, size]"
+    return None
+
+
+def slot_translation(pool: Any) -> Tensor | None:
+    """[slots] from a slot of the whole pool to that of its windowed layers; None where they share one."""
+    if not hasattr(pool, "layers_mapping"):
+        return None
+    mapping: Tensor | None = getattr(pool, "full_to_swa_index_mapping", None)
+    return mapping
+
+
+def has_slots_of_its_own(pool: Any, layer_id: int) -> bool:
+    """Whether a layer's keys lie in the windowed part of a hybrid pool."""
+    mapping = getattr(pool, "layers_mapping", None)
+    return bool(mapping is not None and mapping[layer_id][1])
+
+
+def take_output(batch: Any) -> Tensor | None:
+    """The tensor that SGLang wants this layer's output in, once; None where it offers none."""
+    given: Tensor | None = getattr(batch, "_attn_output", None)
+    if given is not None:
+        batch._attn_output = None
+    return given

@@ -1,0 +1,197 @@
+"""What a layer of SGLang asks of our kernels, as data, settled before the engine serves; and why it is refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from taut.adapters.sglang import bridge
+from taut.common_kernels.problem import Problem
+from taut.common_kernels.providers import ProviderError, registry
+from taut.common_kernels.step import Mask
+from taut.common_kernels.targets import target_of
+
+if TYPE_CHECKING:
+    from taut.common_kernels.kernels import Kernels
+
+ENCODER = "encoder_only"
+BIDIRECTIONAL = "decoder_bidirectional"
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the layers of one model share.
+
+    Args:
+        device: where it runs.
+        dtype: of queries and outputs.
+        cache_dtype: of the pool.
+        pool: SGLang's pool of keys and values.
+        mla: whether the pool holds latent vectors.
+        whole_prompts: whether prompts are never cut into chunks.
+        kernels: the provider that was asked for, or "auto".
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    cache_dtype: torch.dtype
+    pool: Any
+    mla: bool
+    whole_prompts: bool
+    kernels: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one layer is served.
+
+    Args:
+        problem: what its attention asks for, sinks not counted, which only a call tells of.
+        provider: who serves it.
+        kernels: that provider's operations.
+        mask: of a batch that is causal, or of an encoder's.
+        scale: of the scores.
+        key_scale: of quantised keys, [1] float32; None for 1.
+        value_scale: of quantised values.
+        windowed_pool: whether its keys lie in the windowed part of a hybrid pool.
+    """
+
+    problem: Problem
+    provider: str
+    kernels: Kernels
+    mask: Mask
+    scale: float
+    key_scale: torch.Tensor | None
+    value_scale: torch.Tensor | None
+    windowed_pool: bool
+
+    @property
+    def encoder(self) -> bool:
+        """Whether the layer sees both ways."""
+        return not self.mask.causal
+
+    @property
+    def absorbed(self) -> bool:
+        """Whether the layer is MLA in its absorbed form, over the latent cache."""
+        return self.problem.operation == "mla_decode"
+
+    @property
+    def ragged(self) -> bool:
+        """Whether the layer's keys are handed over and not read from the cache: MLA in its unabsorbed form."""
+        return self.problem.operation == "ragged_attention" and not self.encoder
+
+
+def refusals(layer: Any, around: Surroundings) -> list[str]:
+    """Why a layer cannot be served whoever provides the kernels, as sentences that name what it asks for."""
+    reasons = []
+    if layer.is_cross_attention:
+        reasons.append("cross attention (is_cross_attention) is not supported")
+    if getattr(layer, "xai_temperature_len", -1) > 0:
+        reasons.append(f"xai_temperature_len={layer.xai_temperature_len} (temperature by position) is not supported")
+    if layer.logit_cap and getattr(layer, "logit_capping_method", "tanh") != "tanh":
+        reasons.append(f"logit_capping_method={layer.logit_capping_method} is not supported, only tanh")
+    if bridge.attention_type(layer) == BIDIRECTIONAL and around.whole_prompts:
+        reasons.append("attn_type=DECODER_BIDIRECTIONAL with --chunked-prefill-size -1 (prompts seen both ways)")
+    if getattr(layer, "pos_encoding_mode", "NONE") not in ("NONE", None):
+        reasons.append(f"pos_encoding_mode={layer.pos_encoding_mode} is not supported")
+    wrong_cache = bridge.cache_refusal(around.pool, layer.layer_id)
+    return reasons + ([wrong_cache] if wrong_cache else [])
+
+
+def plan(layer: Any, around: Surroundings) -> Plan:
+    """How a layer is served.
+
+    Raises:
+        ValueError: it cannot be; every reason is in the message.
+    """
+    reasons = refusals(layer, around)
+    if reasons:
+        raise ValueError("; ".join(reasons))
+    problem = problem_of_layer(layer, around)
+    choice = registry().choose(problem, around.kernels)
+    left = layer.sliding_window_size if layer.sliding_window_size and layer.sliding_window_size > 0 else -1
+    causal = "causal" in problem.features
+    return Plan(
+        problem=problem,
+        provider=choice.provider.name,
+        kernels=choice.provider.kernels,
+        # SGLang's window is the number of keys before the query's own, and as many after it where it sees both ways.
+        mask=Mask(causal, left, -1 if causal else left, float(layer.logit_cap or 0.0)),
+        scale=float(layer.scaling),
+        key_scale=_scale(layer.k_scale, around) if not around.mla else None,
+        value_scale=_scale(layer.v_scale, around) if not around.mla else None,
+        windowed_pool=bridge.has_slots_of_its_own(around.pool, layer.layer_id),
+    )
+
+
+def problem_of_layer(layer: Any, around: Surroundings) -> Problem:
+    """What a layer asks of our kernels.
+
+    A model with MLA has two layers in one place: an absorbed one, whose single key head is as wide as the cache, and an
+    unabsorbed one, to which keys and values are handed.
+    """
+    encoder = bridge.attention_type(layer) == ENCODER
+    features = {
+        "non_causal" if encoder else "causal": True,
+        "window": bool(layer.sliding_window_size and layer.sliding_window_size > 0),
+        "soft_cap": bool(layer.logit_cap),
+    }
+    dtype, cache_dtype = _name(around.dtype), _name(around.cache_dtype)
+    problem = Problem(
+        operation="paged_attention",
+        target=target_of(around.device),
+        dtype=dtype,
+        cache_dtype=cache_dtype,
+        q_heads=layer.tp_q_head_num,
+        kv_heads=layer.tp_k_head_num,
+        head_size=layer.qk_head_dim,
+        value_size=layer.v_head_dim,
+        page_size=1,
+        features=frozenset(feature for feature, needed in features.items() if needed),
+    )
+    contiguous = replace(problem, operation="ragged_attention", cache_dtype=dtype, page_size=0)
+    if encoder:
+        return contiguous
+    if not around.mla:
+        return problem
+    width = bridge.mla_cache(around.pool, layer.layer_id).shape[-1]
+    if layer.tp_k_head_num != 1 or layer.qk_head_dim != width:
+        return replace(contiguous, features=contiguous.features | {"lse"})
+    # Without a rope part the latent vector is key and value alike: attention with one key head, as any other.
+    return problem if layer.qk_head_dim == layer.v_head_dim else replace(problem, operation="mla_decode")
+
+
+def judge(layers: list[Any], around: Surroundings) -> dict[Any, Plan]:
+    """The plans of a model's layers.
+
+    Raises:
+        ValueError: not all can be served; the message holds every reason once.
+    """
+    judged = {layer: _judged(layer, around) for layer in layers}
+    reasons = dict.fromkeys(reason for reason in judged.values() if isinstance(reason, str))
+    if reasons:
+        raise ValueError("; ".join(reasons))
+    return {layer: plan for layer, plan in judged.items() if isinstance(plan, Plan)}
+
+
+def _judged(layer: Any, around: Surroundings) -> Plan | str:
+    """A layer's plan, or why there is none."""
+    try:
+        return plan(layer, around)
+    except (ProviderError, ValueError) as error:
+        return str(error)
+
+
+def _scale(scale: Any, around: Surroundings) -> torch.Tensor | None:
+    """A scale of a quantised cache on the device; a cache of any other dtype has none."""
+    if scale is None or around.cache_dtype.itemsize > 1:
+        return None
+    if isinstance(scale, torch.Tensor):
+        return scale
+    return torch.tensor([float(scale)], dtype=torch.float32, device=around.device)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
