@@ -55,8 +55,8 @@ def table_path() -> str | None:
 def serving_kernels(kind: str, problem: Problem) -> Kernels:
     """The kernels that serve a layer, chosen before the engine serves; said once a process.
 
-    Called for every layer of ours, with its model's configuration at hand: what vLLM compiles of that model is kept apart
-    from what it compiles around another backend.
+    Called for every layer of ours, with its model's configuration at hand: what vLLM compiles of that model is kept
+    apart from what it compiles around another backend.
 
     Raises:
         ProviderError: nobody can serve it, or TAUT_KERNELS asks for somebody who cannot.
@@ -85,11 +85,11 @@ class MemberBackend(AttentionBackend):
     def full_cls_name(cls) -> tuple[str, str]:
         """Module and name under which vLLM finds this class again; see `members`.
 
-        vLLM derives classes of ours for cross attention, encoders and chunks. They keep names of their own, for by these
-        names it tells layers apart that need builders of their own.
+        vLLM derives classes of ours for cross attention, encoders and chunks. They keep names of their own, for by
+        these names it tells layers apart that need builders of their own.
         """
         if "member" not in vars(cls):
-            return super().full_cls_name()
+            return cls.__module__, cls.__qualname__
         return members.__name__, members.decided_name(cls.kind, cls.member)
 
     @staticmethod
@@ -99,26 +99,31 @@ class MemberBackend(AttentionBackend):
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
-        """What vLLM's own class answers, for a member: a vision tower asks, and then runs vLLM's own kernels."""
-        asked = super() if cls.answers_for_us() else bridge.stock_class(cls.member)
-        return bool(asked.supports_head_size(head_size))
+        """What vLLM's own class answers, for a member: a vision tower asks, and then runs vLLM's own kernels.
+
+        Of ours, the kernels' providers say which sizes they have.
+        """
+        return bool(cls.answers_for_us() or cls.overridden().supports_head_size(head_size))
 
     @classmethod
     def supports_dtype(cls, dtype: torch.dtype) -> bool:
         """See `supports_head_size`."""
-        asked = super() if cls.answers_for_us() else bridge.stock_class(cls.member)
-        return bool(asked.supports_dtype(dtype))
+        return dtype in cls.supported_dtypes if cls.answers_for_us() else bool(cls.overridden().supports_dtype(dtype))
 
     @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:
-        """See `supports_head_size`. Of ours, the kernels' providers say what they run on."""
-        asked = super() if cls.answers_for_us() else bridge.stock_class(cls.member)
-        return bool(asked.supports_compute_capability(capability))
+        """See `supports_head_size`."""
+        return bool(cls.answers_for_us() or cls.overridden().supports_compute_capability(capability))
 
     @classmethod
     def answers_for_us(cls) -> bool:
         """Whether this class stands for no member of vLLM's own."""
         return cls.member == "CUSTOM"
+
+    @classmethod
+    def overridden(cls) -> type[Any]:
+        """vLLM's own class of the member that this one stands for."""
+        return bridge.stock_class(cls.member)
 
     @classmethod
     def supports_kv_cache_dtype(cls, kv_cache_dtype: Any) -> bool:
@@ -151,19 +156,22 @@ class MemberBackend(AttentionBackend):
     def _refusals(cls, asked: dict[str, Any]) -> list[str]:
         """Why we cannot serve a layer; asked of the class that answers for ourselves."""
         reasons = list(super().validate_configuration(**asked))
-        return reasons + model_refusals(bridge.current_config(), asked) + cls._kernel_refusals(asked)
+        return reasons + model_refusals(bridge.current_config(), asked, kind=cls.kind) + cls._kernel_refusals(asked)
 
     @classmethod
     def _kernel_refusals(cls, asked: dict[str, Any]) -> list[str]:
         if asked.get("use_mla", False) != cls.is_mla() or cache_dtype_refusal(asked.get("kv_cache_dtype")):
             return []  # already refused above
-        reasons = []
-        for problem in cls.problems_asked(asked):
-            try:
-                registry().choose(problem, selection().kernels)
-            except ProviderError as error:
-                reasons.append(str(error))
-        return reasons
+        return [reason for problem in cls.problems_asked(asked) for reason in _provider_refusals(problem)]
+
+
+def _provider_refusals(problem: Problem) -> list[str]:
+    """Why no provider serves a problem; empty when one does."""
+    try:
+        registry().choose(problem, selection().kernels)
+    except ProviderError as error:
+        return [str(error)]
+    return []
 
 
 _Backend = TypeVar("_Backend", bound=MemberBackend)
