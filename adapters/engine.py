@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 Mode = Literal["auto", "on", "off"]
@@ -28,6 +28,40 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class Touch:
+    """One entry of an adapter's ledger: a touch of an engine's internals, or a difference between its releases.
+
+    Args:
+        what: the internal or the difference.
+        since: the first release that has it.
+        until: the last release that has it; "" while it lasts.
+        detected: how it is told apart, in words.
+        why: what we need it for.
+        ends: when the entry can go.
+        probe: whether this release has it; imports the engine. None where nothing is asked.
+        needed: whether we cannot serve without it.
+    """
+
+    what: str
+    since: str
+    until: str
+    detected: str
+    why: str
+    ends: str
+    probe: Callable[[], bool] | None = None
+    needed: bool = False
+
+    def verdict(self) -> str:
+        """What the probe finds in the engine that is installed: "here", "not here", "failed: ...", or "not probed"."""
+        if self.probe is None:
+            return "not probed"
+        try:
+            return "here" if self.probe() else "not here"
+        except Exception as error:  # a release that is unlike all others, or an engine that is broken
+            return f"failed: {type(error).__name__}: {error}"
+
+
+@dataclass(frozen=True)
 class EngineAdapter:
     """An engine that we can speak to, as data.
 
@@ -41,6 +75,7 @@ class EngineAdapter:
         flag: how a user asks for us with the engine's own words.
         serves: what of attention this release of ours serves there: "dense", "MLA"; nothing where it is still to come.
         register: tells the engine of our backends; idempotent, called in each of its processes.
+        ledger: every touch of the engine's internals; imports nothing of the engine until its probes are asked.
     """
 
     name: str
@@ -52,3 +87,4 @@ class EngineAdapter:
     flag: str
     serves: tuple[str, ...]
     register: Callable[[Selection], None]
+    ledger: Callable[[], Sequence[Touch]] = tuple

@@ -37,5 +37,5 @@ def workspace(
     if problem.operation == "mla_decode":
         return mla.workspace(problem, max_rows, max_tokens, device, table_path)
     if problem.operation == "paged_attention":
-        return paged.workspace(problem, max_rows, max_tokens, device, table_path)
+        return paged.workspace(problem, max_rows, max_tokens, device, table_path, problem.left)
     return NoWorkspace()

@@ -34,6 +34,7 @@ class Problem:
         page_size: tokens in one page of the cache; 0 where keys are contiguous.
         max_query: the most query tokens that one row of a step may have; 0 for no bound.
         features: what the softmax needs beside plain scores.
+        left: how far back each query sees, itself not counted, where the layer has a window; -1 for all, or not known.
     """
 
     operation: Operation
@@ -47,6 +48,7 @@ class Problem:
     page_size: int
     max_query: int = 0
     features: frozenset[str] = frozenset()
+    left: int = -1
 
     def __str__(self) -> str:
         features = ", ".join(sorted(self.features)) or "plain"

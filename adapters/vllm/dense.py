@@ -32,6 +32,7 @@ from taut.adapters.vllm.shared import (
     serving_kernels,
     table_path,
 )
+from taut.common_kernels.model import problems_of_model
 from taut.common_kernels.problem import Problem
 from taut.common_kernels.providers import registry
 from taut.common_kernels.step import Mask, PageTable, Step
@@ -40,7 +41,11 @@ from taut.common_kernels.targets import target_of
 if TYPE_CHECKING:
     from taut.common_kernels.kernels import Kernels, Workspace
 
+# Their keys lie side by side, not in a cache.
 ENCODERS = (AttentionType.ENCODER, AttentionType.ENCODER_ONLY)
+# A row with more queries than so many is prefilled by kernels of its own, whatever the provider: between one and this
+# many, a provider may launch what it likes.
+FEW_QUERIES = 16
 
 
 def problem_of_layer(
@@ -57,17 +62,20 @@ def problem_of_layer(
     soft_cap: bool = False,
     alibi: bool = False,
     sinks: bool = False,
+    head_scales: bool = False,
+    left: int = -1,
 ) -> Problem:
     """What a layer of vLLM asks of our kernels."""
     name = str(dtype).removeprefix("torch.")
+    encoder = attn_type in ENCODERS
     wanted = {
-        "non_causal" if attn_type in ENCODERS else "causal": True,
-        "window": windowed,
+        "causal" if attn_type == AttentionType.DECODER else "non_causal": True,
+        "window": windowed or left >= 0,
         "soft_cap": soft_cap,
         "alibi": alibi,
         "sinks": sinks,
+        "head_scales": head_scales,
     }
-    encoder = attn_type in ENCODERS
     return Problem(
         operation="ragged_attention" if encoder else "paged_attention",
         target=target,
@@ -79,7 +87,29 @@ def problem_of_layer(
         value_size=head_size,
         page_size=0 if encoder else page_size,
         features=frozenset(feature for feature, needed in wanted.items() if needed),
+        left=-1 if encoder else left,
     )
+
+
+def problem_of_model(config: Any | None, head_size: int) -> Problem | None:
+    """What the model that is being built asks of a layer with heads of this size; None where it cannot be told."""
+    model = getattr(config, "model_config", None)
+    if config is None or model is None:
+        return None
+    try:
+        problems = problems_of_model(
+            model.hf_config.to_dict(), target="any", tensor_parallel=config.parallel_config.tensor_parallel_size
+        )
+    except ValueError:  # a configuration that says it otherwise; a layer says it all when it is made
+        return None
+    attention = [problem for problem in problems if problem.operation in ("paged_attention", "ragged_attention")]
+    return next((problem for problem in attention if problem.head_size == head_size), None)
+
+
+def has_head_scales(config: Any | None) -> bool:
+    """Whether a model's quantised cache has a scale for each key-value head."""
+    scheme = getattr(getattr(config, "quant_config", None), "kv_cache_scheme", None) or {}
+    return bool(scheme.get("strategy") == "attn_head")
 
 
 @dataclass
@@ -121,18 +151,59 @@ class TautMetadataBuilder(AttentionMetadataBuilder[TautMetadata]):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        value_size = getattr(kv_cache_spec, "head_size_v", None) or kv_cache_spec.head_size
+        if value_size != kv_cache_spec.head_size:
+            raise ValueError(refusal([f"values of size {value_size} beside keys of size {kv_cache_spec.head_size}"]))
         self.page_size = kv_cache_spec.block_size
         scheduler = vllm_config.scheduler_config
-        self.workspaces: dict[Problem, Workspace] = {}
-        for implementation in bridge.implementations(vllm_config, layer_names):
-            if implementation.problem not in self.workspaces:
-                self.workspaces[implementation.problem] = implementation.kernels.workspace(
-                    implementation.problem,
-                    scheduler.max_num_seqs,
-                    scheduler.max_num_batched_tokens,
-                    str(device),
-                    table_path(),
-                )
+        # One layer of each kind: its kernels are the others' too.
+        self.kinds = {layer.impl.problem: layer for layer in bridge.layers(vllm_config, layer_names)}
+        self.workspaces = {
+            problem: layer.impl.kernels.workspace(
+                problem, scheduler.max_num_seqs, scheduler.max_num_batched_tokens, str(device), table_path()
+            )
+            for problem, layer in self.kinds.items()
+        }
+        # A draft's steps may be captured with the making of their schedules, if that can be captured.
+        self.supports_draft_decode_metadata_update = all(
+            registry().choose(problem, selection().kernels).provider.graphs for problem in self.kinds
+        )
+        if device.type == "cuda":
+            self.warm_up()
+
+    def warm_up(self) -> None:
+        """Run every kind of layer over every kind of step, so that nothing compiles while the model serves.
+
+        The steps have 1, 2, 4, ... rows, of one query each and without keys: kernels are compiled for the number of
+        rows, and for the most queries of a row that the host promises, not for how many there are. The cache is one
+        page of no content, laid out like vLLM's in what kernels are compiled for.
+        """
+        scheduler, speculative = self.vllm_config.scheduler_config, self.vllm_config.speculative_config
+        verified = 1 + ((speculative and speculative.num_speculative_tokens) or 0)
+        promised = sorted({1, min(2, verified), verified, FEW_QUERIES, scheduler.max_num_batched_tokens})
+        most = scheduler.max_num_seqs
+        for rows in sorted({min(1 << power, most) for power in range(most.bit_length() + 1)}):
+            for max_query in promised:
+                self._run_idle(rows, max_query)
+
+    def _run_idle(self, rows: int, max_query: int) -> None:
+        """One step of rows without keys through one layer of each kind."""
+        starts = torch.arange(rows + 1, dtype=torch.int32, device=self.device)
+        pages = torch.zeros(rows, 1, dtype=torch.int32, device=self.device)
+        step = Step(starts, torch.zeros_like(starts[1:]), PageTable(pages, self.page_size), max_query, max_query)
+        for workspace in self.workspaces.values():
+            workspace.prepare(step)
+        nowhere = torch.full((rows,), -1, dtype=torch.int64, device=self.device)
+        for problem, layer in self.kinds.items():
+            dtype, cache_dtype = getattr(torch, problem.dtype), getattr(torch, problem.cache_dtype)
+            causal = "causal" in problem.features
+            metadata = TautMetadata(step, causal, rows, self.workspaces, nowhere)
+            query = torch.zeros(rows, problem.q_heads, problem.head_size, dtype=dtype, device=self.device)
+            key = torch.zeros(rows, problem.kv_heads, problem.head_size, dtype=dtype, device=self.device)
+            shape = TautBackend.get_kv_cache_shape(1, self.page_size, problem.kv_heads, problem.head_size)
+            cache = torch.zeros(shape, dtype=cache_dtype, device=self.device)
+            layer.impl.do_kv_cache_update(layer, key, key, cache, nowhere)
+            layer.impl.forward(layer, query, key, key, cache, metadata, torch.empty_like(query))
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -141,6 +212,8 @@ class TautMetadataBuilder(AttentionMetadataBuilder[TautMetadata]):
         common = common_attn_metadata
         if isinstance(common.causal, torch.Tensor):
             raise ValueError(refusal(["a mask that is causal for some rows only is not supported"]))
+        if not common.causal and any("causal" in problem.features for problem in self.kinds):
+            raise ValueError(refusal(["attention of decoders to what follows is not supported"]))
         step = Step(
             query_starts=common.query_start_loc,
             lengths=common.seq_lens,
@@ -152,9 +225,17 @@ class TautMetadataBuilder(AttentionMetadataBuilder[TautMetadata]):
             workspace.prepare(step)
         return TautMetadata(step, common.causal, common.num_actual_tokens, self.workspaces, common.slot_mapping)
 
+    def update_draft_decode_metadata(self, metadata: TautMetadata) -> None:
+        """Make the schedule of a draft's next step, from the lengths that its last one has left on the device."""
+        for workspace in metadata.workspaces.values():
+            workspace.prepare(metadata.step)
+
 
 class TautImplementation(AttentionImpl[TautMetadata]):
     """One layer's attention. Its kernels are chosen when it is made, before the engine serves."""
+
+    supports_dcp: bool = False
+    supports_pcp: bool = False
 
     def __init__(
         self,
@@ -201,10 +282,11 @@ class TautImplementation(AttentionImpl[TautMetadata]):
             head_size=head_size,
             page_size=page_size(),
             attn_type=attn_type,
-            windowed=reach >= 0,
             soft_cap=bool(logits_soft_cap),
             alibi=alibi_slopes is not None,
             sinks=sinks is not None,
+            head_scales=has_head_scales(bridge.current_config()),
+            left=reach,
         )
         self.kernels: Kernels = serving_kernels("dense", self.problem)
 
@@ -316,6 +398,16 @@ class TautBackend(MemberBackend):
         """[N, Hk, P, 2 D], as releases from 0.29 on hand it over by themselves."""
         return num_blocks, num_kv_heads, block_size, 2 * head_size
 
+    @staticmethod
+    def get_kv_cache_stride_order(include_num_layers_dimension: bool = False) -> tuple[int, ...]:
+        """In memory as in the shape above; the layers, where they share an allocation, lie within a page."""
+        return (1, 0, 2, 3, 4) if include_num_layers_dimension else (0, 1, 2, 3)
+
+    @classmethod
+    def get_required_kv_cache_layout(cls) -> str | None:
+        """What vLLM calls the order above, until 0.28: heads before tokens."""
+        return "HND"
+
     @classmethod
     def supports_sink(cls) -> bool:
         """Attention sinks: yes."""
@@ -328,23 +420,37 @@ class TautBackend(MemberBackend):
 
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
-        """Decoders and encoders; no cross attention."""
-        return attn_type in (AttentionType.DECODER, *ENCODERS)
+        """All of them: decoders, encoders, cross attention."""
+        return attn_type in (AttentionType.DECODER, AttentionType.ENCODER_DECODER, *ENCODERS)
+
+    @classmethod
+    def supports_per_head_quant_scales(cls) -> bool:
+        """A scale for each key-value head: yes, where the kernels have it."""
+        return True
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        """Where vLLM's transfers know a cache that packs keys and values together."""
+        return bridge.connectors_know_packed_caches()
 
     @classmethod
     def problems_asked(cls, asked: dict[str, Any]) -> list[Problem]:
-        """The layer that vLLM asks about, with the fewest heads."""
+        """The layer that vLLM asks about; of what vLLM does not tell, what the model's configuration says."""
+        told = problem_of_model(bridge.current_config(), asked["head_size"])
         problem = problem_of_layer(
             target=target_of(device()),
             dtype=asked["dtype"],
             kv_cache_dtype=asked.get("kv_cache_dtype"),
-            q_heads=1,
-            kv_heads=1,
+            q_heads=told.q_heads if told else 1,
+            kv_heads=told.kv_heads if told else 1,
             head_size=asked["head_size"],
             page_size=asked.get("block_size") or page_size(),
             attn_type=asked.get("attn_type", AttentionType.DECODER),
             windowed=bool(asked.get("has_sliding_window")),
+            soft_cap=told is not None and "soft_cap" in told.features,
+            alibi=told is not None and "alibi" in told.features,
             sinks=bool(asked.get("has_sink")),
+            head_scales=bool(asked.get("use_per_head_quant_scales")),
         )
         return [problem]
 

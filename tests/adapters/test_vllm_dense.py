@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +17,6 @@ from taut.adapters.engine import Selection  # noqa: E402
 from taut.adapters.vllm import dense, members, selection  # noqa: E402
 from taut.common_kernels import reference  # noqa: E402
 from taut.common_kernels.step import Mask  # noqa: E402
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 HEADS, KV_HEADS, SIZE, PAGE, PAGES = 6, 2, 32, 16, 12
 
@@ -38,11 +35,10 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.fixture(autouse=True)
-def _chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection._state, "selection", Selection("on"))
     monkeypatch.setattr(selection._state, "said", set())
-    yield
-    dense.backend_for("FLASH_ATTN").left_to_engine = False
+    monkeypatch.setattr(selection._state, "walk", {})
 
 
 def layer(**different: Any) -> dense.TautImplementation:
@@ -51,9 +47,12 @@ def layer(**different: Any) -> dense.TautImplementation:
 
 
 def builder(implementation: dense.TautImplementation, monkeypatch: pytest.MonkeyPatch) -> dense.TautMetadataBuilder:
-    monkeypatch.setattr(dense.bridge, "implementations", lambda _config, _names: [implementation])
-    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=8, max_num_batched_tokens=64))
-    spec = SimpleNamespace(block_size=PAGE)
+    held = SimpleNamespace(impl=implementation, _k_scale=torch.ones(()), _v_scale=torch.ones(()))
+    monkeypatch.setattr(dense.bridge, "layers", lambda _config, _names: [held])
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_seqs=8, max_num_batched_tokens=64), speculative_config=None
+    )
+    spec = SimpleNamespace(block_size=PAGE, head_size=SIZE)
     return dense.TautMetadataBuilder(spec, ["layer"], config, torch.device("cpu"))
 
 
