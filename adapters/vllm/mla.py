@@ -11,6 +11,7 @@ vLLM splits a step into rows that decode and rows that prefill, and hands each p
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -225,15 +226,73 @@ class TautMLAMetadataBuilder(MLACommonMetadataBuilder[Any]):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        implementation: TautMLAImplementation = bridge.implementations(vllm_config, layer_names)[0]
+        # The layers of a group share the shape of their cache: one schedule and one scratch serve them all.
+        self.layer = bridge.layers(vllm_config, layer_names)[0]
+        implementation: TautMLAImplementation = self.layer.impl
         bridge.prefill_through(self, Prefill(implementation.prefill_kernels, implementation.scale))
         self.page_size = kv_cache_spec.block_size
         problem = replace(implementation.problem, page_size=self.page_size, max_query=self.reorder_batch_threshold)
         rows = vllm_config.scheduler_config.max_num_seqs
-        # The layers of a group share one latent head and one scale: one schedule and one scratch serve them all.
         self.workspace = implementation.kernels.workspace(
             problem, rows, rows * self.reorder_batch_threshold, str(device), table_path()
         )
+        # A draft's steps may be captured with the making of their schedules, if that can be captured; the lengths of a
+        # rank's share are not kept on the device between them.
+        graphs = registry().choose(implementation.problem, selection().kernels).provider.graphs
+        self.supports_draft_decode_metadata_update = graphs and self.dcp_world_size == 1
+        if device.type == "cuda":
+            self.warm_up()
+
+    def warm_up(self) -> None:
+        """Run decode and prefill over idle steps, so that nothing compiles while the model serves.
+
+        Decode runs over 1, 2, 4, ... rows without keys: kernels are compiled for the number of rows.
+        """
+        most = self.vllm_config.scheduler_config.max_num_seqs
+        for rows in sorted({min(1 << power, most) for power in range(most.bit_length() + 1)}):
+            self._decode_idle(rows)
+        self._prefill_idle()
+
+    def _decode_idle(self, rows: int) -> None:
+        """Decode rows without keys, laid out like vLLM's in what kernels are compiled for; one query stands for all."""
+        implementation, problem = self.layer.impl, self.layer.impl.problem
+        rank, heads = problem.value_size, problem.q_heads
+        dtype, cache_dtype = getattr(torch, problem.dtype), getattr(torch, problem.cache_dtype)
+        width = -(-self.model_config.max_model_len // (self.page_size * self.dcp_world_size))
+        starts = torch.arange(rows + 1, dtype=torch.int32, device=self.device)
+        decode = self._build_decode(
+            block_table_tensor=torch.zeros(rows, width, dtype=torch.int32, device=self.device),
+            seq_lens_device=torch.zeros_like(starts[1:]),
+            max_seq_len=1,
+            query_start_loc_device=starts,
+            dcp_tot_seq_lens_device=None,
+        )
+        cache = torch.zeros(1, self.page_size, problem.head_size, dtype=cache_dtype, device=self.device)
+        new = torch.zeros(rows, problem.head_size, dtype=dtype, device=self.device)
+        nowhere = torch.full((rows,), -1, dtype=torch.int64, device=self.device)
+        implementation.do_kv_cache_update(
+            new[:, :rank], new[:, None, rank:], cache, nowhere, implementation.kv_cache_dtype, self.layer._k_scale
+        )
+        queries = torch.zeros(1, heads, problem.head_size, dtype=dtype, device=self.device).expand(rows, -1, -1)
+        pair = queries[..., :rank], queries[..., rank:]
+        metadata = SimpleNamespace(num_reqs=rows, num_actual_tokens=rows, decode=decode)
+        implementation.forward_mqa(pair if self.dcp_world_size == 1 else queries, cache, metadata, self.layer)
+
+    def _prefill_idle(self) -> None:
+        """Prefill one row, whole and in two parts."""
+        tokens, layer = 16, self.layer.impl
+        dtype = self.model_config.dtype
+        query = torch.zeros(tokens, layer.num_heads, layer.qk_head_dim, dtype=dtype, device=self.device)
+        both = query.new_zeros(tokens, layer.num_heads, layer.qk_nope_head_dim + layer.v_head_dim)
+        value = both[..., layer.qk_nope_head_dim :]
+        parts = torch.empty(2, *value.shape, dtype=dtype, device=self.device)
+        lses = torch.empty(2, tokens, layer.num_heads, device=self.device)
+        starts = torch.tensor([0, tokens], dtype=torch.int32, device=self.device)
+        layer._attend(query, query, value, starts, starts, CAUSAL, parts[0], None, tokens, tokens)
+        layer._attend(query, query, value, starts, starts, CAUSAL, parts[0], lses[0], tokens, tokens)
+        layer._attend(query, query, value, starts, starts, WHOLE, parts[1], lses[1], tokens, tokens)
+        layer.prefill_kernels.merge(parts, lses, parts[0], lses[0])
+        layer.prefill_kernels.merge(parts, lses, parts[0])
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """See `AttentionMetadataBuilder.build`; the chunks of a prefill's context are named once for all layers."""
@@ -262,6 +321,10 @@ class TautMLAMetadataBuilder(MLACommonMetadataBuilder[Any]):
         )
         self.workspace.prepare(step)
         return DecodeMetadata(block_table_tensor, seq_lens_device, dcp_tot_seq_lens_device, step, self.workspace)
+
+    def update_draft_decode_metadata(self, metadata: Any) -> None:
+        """Make the schedule of a draft's next step, from the lengths that its last one has left on the device."""
+        metadata.decode.workspace.prepare(metadata.decode.step)
 
 
 class TautMLAImplementation(MLACommonImpl[Any]):
