@@ -150,7 +150,8 @@ class Kernels(Protocol):
             q_pe: [T, Hq, E]. The two queries are never concatenated; any strides.
             cache: [N, P, C + E], a strided view: latent first, rope after.
             step: which rows, how long, where.
-            out: [T, Hq, C], written whole.
+            out: [T, Hq, C], written whole. It may be `q_nope` itself: a kernel writes no query's result before every
+                program that reads that query has read it.
             scale: of the scores.
             causal: whether the query tokens of one row see only what precedes them.
             lse: [T, Hq] float32, written if given.
@@ -213,7 +214,7 @@ class Kernels(Protocol):
         Args:
             parts: [S, T, Hq, V]; a part whose LSE is -inf is not read: it may hold NaN.
             part_lses: [S, T, Hq] float32, natural logarithm.
-            out: [T, Hq, V]; zeros where every part is empty.
-            lse: [T, Hq] float32, written if given; -inf where every part is empty.
+            out: [T, Hq, V]; zeros where every part is empty. It may be one of the parts.
+            lse: [T, Hq] float32, written if given; -inf where every part is empty. It may be one of `part_lses`.
         """
         ...

@@ -216,6 +216,16 @@ class Inputs:
         workspace.prepare(self.step)
         return self.call(getattr(kernels, self.operation), workspace=workspace)
 
+    def decode_in_place(self, kernels: Any) -> Tensor:
+        """`mla_decode` with the first part of the query as its output, as an engine's adapter calls it."""
+        workspace = kernels.workspace(
+            self.case.problem("cpu"), max(1, self.step.rows), max(1, self.tokens), self.device
+        )
+        workspace.prepare(self.step)
+        both = self.arguments[0].clone()
+        kernels.mla_decode(both, *self.arguments[1:], both, **self.options, workspace=workspace)
+        return both.cpu()
+
     def call(self, operation: Callable[..., None], **options: Any) -> tuple[Tensor, Tensor | None]:
         """Call one operation with poisoned outputs, and check that it wrote all of them and nothing beside them."""
         out, lse = self.outputs()

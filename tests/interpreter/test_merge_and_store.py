@@ -35,6 +35,9 @@ def test_merge(parts: int, tokens: int, heads: int, value: int, dtype: torch.dty
     lse, right_lse = (torch.full((tokens, heads), math.nan) for _ in range(2))
     portable.merge(numbers, lses, out, lse if wants_lse else None)
     reference.merge(numbers, lses, right, right_lse)
+    kept = numbers.clone(), lses.clone()
+    portable.merge(*kept, kept[0][0], kept[1][0] if wants_lse else None)  # a part may take the place of the whole
+    torch.testing.assert_close(kept[0][0], out, rtol=0, atol=0)
     torch.testing.assert_close(out, right, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
     if wants_lse:
         torch.testing.assert_close(lse, right_lse, rtol=1e-5, atol=1e-5)

@@ -73,6 +73,13 @@ def test_head_counts_and_several_queries(forms: dict[str, Any], form: str, heads
     assert_close(inputs.run(forms[form]), inputs.expected(), case.dtype)
 
 
+@given(mla_cases(), st.sampled_from(tuple(FORMS)))
+@settings(max_examples=20)
+def test_the_output_may_be_the_query(forms: dict[str, Any], case: MlaCase, form: str) -> None:
+    inputs = build_mla(case)
+    assert_close((inputs.decode_in_place(forms[form]), None), inputs.expected(), case.dtype)
+
+
 def test_warm_up_leaves_the_cache_alone(forms: dict[str, Any]) -> None:
     case = MlaCase(lengths=(70, 0, 5), queries=(1, 1, 1), q_heads=3, indirect=True, padded_rows=1)
     inputs = build_mla(case)

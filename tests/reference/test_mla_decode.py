@@ -21,6 +21,12 @@ def test_contract_in_float64(case: MlaCase) -> None:
     assert_close(inputs.run(reference), inputs.expected(), case.dtype)
 
 
+@given(mla_cases())
+def test_the_output_may_be_the_query(case: MlaCase) -> None:
+    inputs = build_mla(case)
+    assert_close((inputs.decode_in_place(reference), None), inputs.expected(), case.dtype)
+
+
 @given(mla_cases(), st.sampled_from(("float32", "float16", "bfloat16")))
 @settings(max_examples=40)
 def test_model_dtypes(case: MlaCase, dtype: str) -> None:
