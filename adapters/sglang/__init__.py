@@ -20,7 +20,7 @@ from taut.adapters.engine import EngineAdapter
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from taut.adapters.engine import Selection
+    from taut.adapters.engine import Selection, Touch
 
 hookimpl = pluggy.HookimplMarker("taut")
 
@@ -29,6 +29,12 @@ def _register(selection: Selection) -> None:
     from taut.adapters.sglang.selection import register
 
     register(selection)
+
+
+def _ledger() -> Sequence[Touch]:
+    from taut.adapters.sglang.bridge import ledger
+
+    return ledger()
 
 
 @hookimpl
@@ -45,5 +51,6 @@ def taut_engines() -> Sequence[EngineAdapter]:
             flag="--attention-backend taut",
             serves=("dense", "MLA"),
             register=_register,
+            ledger=_ledger,
         )
     ]

@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("taut.sglang")
 
-# Two, since a layer's output may still be read when the next one is written.
-OUTPUTS = 2
-
 
 class TautBackend(AttentionBackend):
     """What SGLang asks of a backend.
@@ -55,7 +52,7 @@ class TautBackend(AttentionBackend):
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.forward_metadata: TautMetadata | None = None
         arguments = model_runner.server_args
-        reasons = selection.argument_refusals(arguments)
+        reasons = selection.argument_refusals(arguments) + bridge.sparse_refusal(model_runner)
         if reasons:
             raise ValueError(selection.refusal(reasons))
         self.device = torch.device(model_runner.device)
@@ -72,9 +69,10 @@ class TautBackend(AttentionBackend):
         )
         self.max_tokens = most_tokens(arguments)
         self.workspaces: dict[tuple[Problem, bool], Workspace] = {}
+        # Kept as long as we are: graphs read what these own.
         self.captured: dict[Any, TautMetadata] = {}
-        self._outputs: list[Tensor] = []
-        self._next_output = 0
+        self._workspace_rows = 0
+        self._sinks: dict[Any, tuple[Tensor, int | None]] = {}
         found = bridge.attention_layers(getattr(model_runner, "model", None))
         try:
             self.plans: dict[Any, Plan] = layers.judge(found, self.around)
@@ -113,7 +111,9 @@ class TautBackend(AttentionBackend):
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """Before a graph is captured, and before it is replayed: all that a replay needs is in the graph itself."""
         if in_capture or forward_batch.forward_mode.is_extend_without_speculative():
-            self.forward_metadata = self.steps.metadata(batch_of(forward_batch, in_graph=True), captured=True)
+            self.forward_metadata = self.steps.metadata(batch_of(forward_batch, in_graph=True))
+            if in_capture:
+                self.captured[len(self.captured)] = self.forward_metadata
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
         """What a graph holds of the metadata: lengths and schedules, a launch each."""
@@ -142,8 +142,7 @@ class TautBackend(AttentionBackend):
             queries,
             queries if forward_mode.is_target_verify() else 0,
         )
-        metadata = self.steps.metadata(batch, captured=True)
-        self.captured[bs, forward_mode] = self.forward_metadata = metadata
+        self.captured[bs, forward_mode] = self.forward_metadata = metadata = self.steps.metadata(batch)
         self._prepare(metadata)
 
     def init_forward_metadata_replay_cuda_graph(
@@ -159,11 +158,9 @@ class TautBackend(AttentionBackend):
         **__: Any,
     ) -> None:
         """Releases before 0.5.13: before a graph is replayed; its tensors lie where they lay when it was captured."""
-        captured = self.captured[bs, forward_mode]
-        self.forward_metadata = replace(
-            captured, batch=replace(captured.batch, seq_lens=seq_lens[:bs], request_rows=req_pool_indices[:bs])
-        )
-        self._prepare(self.forward_metadata)
+        self.forward_metadata = metadata = self.captured[bs, forward_mode]
+        metadata.batch = replace(metadata.batch, seq_lens=seq_lens[:bs])
+        self._prepare(metadata)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *_: Any, **__: Any) -> None:
         """Room for whatever a graph holds, before the first is captured.
@@ -182,10 +179,6 @@ class TautBackend(AttentionBackend):
         self.workspaces.clear()
         for plan in self.plans.values():
             self._workspace(plan)
-        widest = max((plan.problem.q_heads * plan.problem.value_size for plan in self.plans.values()), default=0)
-        self._outputs = [
-            torch.empty(max_num_tokens * widest, dtype=self.around.dtype, device=self.device) for _ in range(OUTPUTS)
-        ]
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         """The length of a padded request: one token, in the slot that SGLang keeps for nobody."""
@@ -207,12 +200,13 @@ class TautBackend(AttentionBackend):
                 self._workspace(plan)
 
     def _prepare(self, metadata: TautMetadata) -> None:
+        """Lengths and schedules of a step, a launch each; a graph's step keeps the workspaces that it began with."""
         self.steps.fill(metadata)
-        metadata.prepared.clear()
         metadata.windowed_slots = metadata.whole_starts = None
-        for (problem, windowed), workspace in self.workspaces.items():
+        for key, workspace in self.workspaces.items():
+            metadata.prepared.setdefault(key, workspace)
+        for (_, windowed), workspace in metadata.prepared.items():
             workspace.prepare(metadata.windowed if windowed and metadata.windowed else metadata.step)
-            metadata.prepared[problem, windowed] = workspace
 
     def _workspace(self, plan: Plan) -> Workspace | None:
         """The workspace that a layer shares with all that ask for the same; made on first use."""
@@ -273,15 +267,17 @@ class TautBackend(AttentionBackend):
         k_rope: Tensor | None = None,
         **others: Any,
     ) -> Any:
-        unknown = [name for name, value in others.items() if value is not None]
-        if (k is None) != (v is None):
-            unknown.append("k without v")
+        unknown = [
+            f"the layer's argument {name} is not supported" for name, value in others.items() if value is not None
+        ]
         if unknown:
-            raise ValueError(selection.refusal([f"the layer's argument {name} is not supported" for name in unknown]))
+            raise ValueError(selection.refusal(unknown))
         metadata = self.forward_metadata
         assert metadata is not None
         selection.say_first_step(metadata.batch.rows, metadata.batch.tokens)
         plan = self._plan(layer)
+        if sinks is not None and (plan.absorbed or plan.ragged):
+            raise ValueError(selection.refusal(["sinks of MLA (sinks) are not supported"]))
         if plan.absorbed:
             return self._absorbed(q, k, layer, plan, forward_batch, metadata, save_kv_cache, q_rope, k_rope)
         if q_rope is not None or k_rope is not None:
@@ -321,6 +317,19 @@ class TautBackend(AttentionBackend):
             metadata.windowed_slots = self.steps.translation[slots]
         return metadata.windowed_slots[: slots.shape[0]]
 
+    def _float_sinks(self, layer: Any, sinks: Tensor | None) -> Tensor | None:
+        """Sinks in float32, converted when they come and again when their weights were changed in place."""
+        if sinks is None or sinks.dtype == torch.float32:
+            return sinks
+        version = None if sinks.is_inference() else sinks._version
+        kept, of_version = self._sinks.get(layer, (None, None))
+        if kept is None:
+            kept = sinks.detach().float()
+        elif of_version != version:
+            kept.copy_(sinks)
+        self._sinks[layer] = kept, version
+        return kept
+
     def _dense(
         self,
         q: Tensor,
@@ -335,10 +344,15 @@ class TautBackend(AttentionBackend):
     ) -> Tensor:
         problem = plan.problem
         query = q.view(-1, problem.q_heads, problem.head_size)
+        sinks = self._float_sinks(layer, sinks)
+        if (k is None) != (v is None):
+            raise ValueError(
+                selection.refusal(["keys without values, or values without keys (k, v), are not supported"])
+            )
         if k is not None and v is not None:
             k = k.view(-1, problem.kv_heads, problem.head_size)
             v = v.view(-1, problem.kv_heads, problem.value_size)
-        out, view = self._output(q, query.shape[0], problem, forward_batch, metadata)
+        out, view = self._output(q, query.shape[0], problem, forward_batch)
         key_cache, value_cache = bridge.dense_cache(self.token_to_kv_pool, layer.layer_id)
         if k is not None and v is not None and save_kv_cache:
             slots = self._slots(layer, plan, forward_batch, metadata)
@@ -398,7 +412,7 @@ class TautBackend(AttentionBackend):
             else:
                 latent, pe = k.view(-1, rank), k_rope.view(-1, rope)
             plan.kernels.store_mla_kv(latent, pe, cache, forward_batch.out_cache_loc)
-        out, view = self._output(q, q_nope.shape[0], problem, forward_batch, metadata)
+        out, view = self._output(q, q_nope.shape[0], problem, forward_batch)
         step, workspace = self._ready(plan, metadata)
         plan.kernels.mla_decode(q_nope, q_pe, cache, step, view, scale=plan.scale, workspace=workspace)
         return out
@@ -435,7 +449,7 @@ class TautBackend(AttentionBackend):
             key_starts, longest = self._whole_starts(metadata), step.max_length
         wants_lse = bool(getattr(forward_batch, "mha_return_lse", False))
         lse = query.new_empty(query.shape[:2], dtype=torch.float32) if wants_lse else None
-        out, view = self._output(q, query.shape[0], problem, forward_batch, metadata)
+        out, view = self._output(q, query.shape[0], problem, forward_batch)
         plan.kernels.ragged_attention(
             query, key, value, step.query_starts, key_starts, mask, view,
             scale=plan.scale, max_query=step.max_query, max_length=longest, lse=lse,
@@ -450,23 +464,18 @@ class TautBackend(AttentionBackend):
             torch.cumsum(lengths, 0, dtype=torch.int32, out=metadata.whole_starts[1:])
         return metadata.whole_starts
 
-    def _output(
-        self, q: Tensor, tokens: int, problem: Problem, forward_batch: Any, metadata: TautMetadata
-    ) -> tuple[Tensor, Tensor]:
+    def _output(self, q: Tensor, tokens: int, problem: Problem, forward_batch: Any) -> tuple[Tensor, Tensor]:
         """Where a layer's output goes, as SGLang wants it, [T, Hq * V], and as our kernels do, [T, Hq, V].
 
-        SGLang's own tensor where it offers one; in a captured graph one that was allocated before; else a new one.
+        SGLang's own tensor where it offers one, else a new one, which is a place in the graph's memory where a graph is
+        captured. Nobody fills it beforehand.
         """
         width = problem.q_heads * problem.value_size
         dtype = self.around.dtype
         given = bridge.take_output(forward_batch)
         if given is not None and given.numel() == tokens * width and given.dtype == dtype and given.device == q.device:
             return given, given.view(tokens, problem.q_heads, problem.value_size)
-        if metadata.captured and self._outputs:
-            self._next_output = (self._next_output + 1) % OUTPUTS
-            out = self._outputs[self._next_output][: tokens * width].view(tokens, width)
-        else:
-            out = q.new_empty((tokens, width), dtype=dtype)
+        out = q.new_empty((tokens, width), dtype=dtype)
         return out, out.view(tokens, problem.q_heads, problem.value_size)
 
 
@@ -510,4 +519,5 @@ def mla_form(layer: Any, forward_batch: Any) -> Any:
     whole = cached + sum(forward_batch.extend_seq_lens_cpu)
     if whole <= forward_batch.get_max_chunk_capacity():
         return forms.MHA_ONE_SHOT
-    return forms.MHA_CHUNKED_KV if bridge.can_merge_chunks() else bridge.absorbed_form(layer, forward_batch)
+    # SGLang's kernel that merges chunks is for GPUs.
+    return forms.MHA_CHUNKED_KV if forward_batch.seq_lens.is_cuda else bridge.absorbed_form(layer, forward_batch)

@@ -9,10 +9,10 @@ and read the fields of the batch, the layer and the runner that every backend re
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from taut.adapters.engine import Touch
 from taut.common_kernels.paging import slot_cache_view
 
 if TYPE_CHECKING:
@@ -23,26 +23,18 @@ if TYPE_CHECKING:
 NAME = "taut"
 
 
-@dataclass(frozen=True)
-class Touch:
-    """One entry of the ledger.
-
-    Args:
-        what: the internal or the difference.
-        since: the first release that has it.
-        until: the last release that has it; "" while it lasts.
-        detected: the probe.
-        why: what we need it for.
-        ends: when the entry can go.
-    """
-
-    what: str
-    since: str
-    until: str
-    detected: str
-    why: str
-    ends: str
-
+SERVER_ARGS = "sglang.srt.server_args"
+MODEL_RUNNER = "sglang.srt.model_executor.model_runner"
+REGISTRY = "sglang.srt.layers.attention.attention_registry"
+HOOKS = "sglang.srt.plugins.hook_registry"
+MLA_HANDLERS = "sglang.srt.models.deepseek_common.attention_backend_handler"
+MLA_UTILITIES = "sglang.srt.models.deepseek_common.utils"
+MLA_FORMS = "sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods"
+CAPTURE_PROBES = ("is_in_piecewise_cuda_graph", "is_in_tc_piecewise_cuda_graph", "is_in_breakable_cuda_graph")
+BASE = "sglang.srt.layers.attention.base_attn_backend"
+SWA_POOL = "sglang.srt.mem_cache.swa_memory_pool"
+CONFIGS = "sglang.srt.utils.hf_transformers_utils"
+BUILDERS = ("init_attention_backends", "init_attention_backend")
 
 LEDGER = (
     Touch(
@@ -52,6 +44,8 @@ LEDGER = (
         detected="importable from sglang.srt.layers.attention.attention_registry",
         why="the name `taut` stands for our backend",
         ends="never: this is how a backend is registered",
+        probe=lambda: _has(REGISTRY, "ATTENTION_BACKENDS", "register_attention_backend"),
+        needed=True,
     ),
     Touch(
         what="add_attention_backend_choices: the names that --attention-backend and its variants take",
@@ -60,6 +54,8 @@ LEDGER = (
         detected="importable from sglang.srt.server_args",
         why="the command line refuses every other name",
         ends="never",
+        probe=lambda: _has(SERVER_ARGS, "ATTENTION_BACKEND_CHOICES", "add_attention_backend_choices"),
+        needed=True,
     ),
     Touch(
         what="add_draft_attention_backend_choices: the names that --speculative-draft-attention-backend takes",
@@ -68,6 +64,7 @@ LEDGER = (
         detected="hasattr(sglang.srt.server_args, name); before, the list above serves for it too",
         why="the same for the draft model",
         ends="when 0.5.18 leaves the range",
+        probe=lambda: _has(SERVER_ARGS, "DRAFT_ATTENTION_BACKEND_CHOICES", "add_draft_attention_backend_choices"),
     ),
     Touch(
         what="CHUNKED_PREFIX_CACHE_SUPPORTED_ATTENTION_BACKENDS, in model_runner until 0.5.15, then in server_args",
@@ -76,6 +73,10 @@ LEDGER = (
         detected="hasattr on either module; model_runner only once the process has imported it",
         why="unabsorbed MLA over a cached prefix is switched off for a name that is not in the list",
         ends="when a backend can say so itself",
+        probe=lambda: (
+            _has(SERVER_ARGS, "CHUNKED_PREFIX_CACHE_SUPPORTED_ATTENTION_BACKENDS")
+            or _has(MODEL_RUNNER, "CHUNKED_PREFIX_CACHE_SUPPORTED_ATTENTION_BACKENDS")
+        ),
     ),
     Touch(
         what="MLA_ATTENTION_BACKENDS in model_runner",
@@ -84,6 +85,7 @@ LEDGER = (
         detected="hasattr(model_runner, name), once the process has imported it",
         why="the list of backends that can serve MLA",
         ends="when 0.5.15 leaves the range",
+        probe=lambda: _has(MODEL_RUNNER, "MLA_ATTENTION_BACKENDS"),
     ),
     Touch(
         what="AttentionBackendRegistry and AttnForwardMethod: which form of MLA serves a batch, by the backend's name",
@@ -92,6 +94,7 @@ LEDGER = (
         detected="importable from sglang.srt.models.deepseek_common",
         why="a name without a handler gets triton's, which takes the absorbed form for every cached prefix",
         ends="when a backend can say so itself",
+        probe=lambda: _has(MLA_HANDLERS, "AttentionBackendRegistry") and _has(MLA_FORMS, "AttnForwardMethod"),
     ),
     Touch(
         what="what asks whether a prefill is being captured: is_in_piecewise_cuda_graph until 0.5.13, then two others",
@@ -100,6 +103,7 @@ LEDGER = (
         detected="getattr on the module of the handlers, which imports those that its release has",
         why="a captured prefill must take one form of MLA always",
         ends="when 0.5.13 leaves the range",
+        probe=lambda: any(_has(MLA_HANDLERS, name) for name in CAPTURE_PROBES),
     ),
     Touch(
         what="_dispatch_mla_subtype: the absorbed form with or without its rotation fused in",
@@ -108,6 +112,7 @@ LEDGER = (
         detected="an attribute of the module of the handlers",
         why="a CPU with AMX fuses it",
         ends="when handlers answer with the form alone",
+        probe=lambda: _has(MLA_HANDLERS, "_dispatch_mla_subtype"),
     ),
     Touch(
         what="FORWARD_ABSORB_CORE_ATTENTION_BACKENDS, a list without an adder",
@@ -116,6 +121,7 @@ LEDGER = (
         detected="importable from sglang.srt.models.deepseek_common.utils",
         why="only its members get the two parts of absorbed queries and keys apart; for others they are concatenated",
         ends="when a backend can say so itself",
+        probe=lambda: _has(MLA_UTILITIES, "FORWARD_ABSORB_CORE_ATTENTION_BACKENDS"),
     ),
     Touch(
         what="the arguments are resolved by ServerArgs.__post_init__, then by ServerArgs.resolve_once",
@@ -124,6 +130,8 @@ LEDGER = (
         detected="hasattr(ServerArgs, 'resolve_once'); the patch of __post_init__ is ignored from 0.5.20 on (msgspec)",
         why="TAUT_ATTENTION=auto and on set the backend's name before SGLang chooses one",
         ends="when a setting of the environment can choose a backend",
+        probe=lambda: _has(SERVER_ARGS, "ServerArgs") and _has(HOOKS, "HookRegistry", "HookType"),
+        needed=True,
     ),
     Touch(
         what="the backends are built by ModelRunner.init_attention_backend, then by init_attention_backends",
@@ -132,6 +140,7 @@ LEDGER = (
         detected="hasattr(ModelRunner, name), once the process has imported it",
         why="TAUT_ATTENTION=on that did not take effect must stop the server: it is checked after them",
         ends="with the entry above",
+        probe=lambda: any(_has_method(MODEL_RUNNER, "ModelRunner", name) for name in BUILDERS),
     ),
     Touch(
         what="metadata for CUDA graphs: init_forward_metadata_capture_cuda_graph and ..._replay_cuda_graph",
@@ -140,6 +149,7 @@ LEDGER = (
         detected="a release calls the ones it knows; from 0.5.13 on init_forward_metadata_out_graph and ..._in_graph",
         why="the backend has both",
         ends="when 0.5.12 leaves the range",
+        probe=lambda: _has_method(BASE, "AttentionBackend", "init_forward_metadata_capture_cuda_graph"),
     ),
     Touch(
         what="the pools: token_to_kv_pool and req_to_token_pool of the runner, and from 0.5.13 on of the backend",
@@ -156,6 +166,7 @@ LEDGER = (
         detected="hasattr(pool, 'layers_mapping') and a mapping that is not None",
         why="slots are translated once a step, so none of the three ways to hand them to set_kv_buffer is needed",
         ends="never",
+        probe=lambda: _has(SWA_POOL, "SWAKVPool"),
     ),
     Touch(
         what="_attn_output of a batch: the tensor that a layer's output should be written to",
@@ -172,27 +183,8 @@ LEDGER = (
         detected="importable from sglang.srt.utils.hf_transformers_utils",
         why="TAUT_ATTENTION=auto judges the model before SGLang starts",
         ends="when a setting of the environment can choose a backend",
+        probe=lambda: _has(CONFIGS, "get_config"),
     ),
-)
-
-SERVER_ARGS = "sglang.srt.server_args"
-MODEL_RUNNER = "sglang.srt.model_executor.model_runner"
-REGISTRY = "sglang.srt.layers.attention.attention_registry"
-HOOKS = "sglang.srt.plugins.hook_registry"
-MLA_HANDLERS = "sglang.srt.models.deepseek_common.attention_backend_handler"
-MLA_UTILITIES = "sglang.srt.models.deepseek_common.utils"
-MLA_FORMS = "sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods"
-MLA_UNABSORBED = "sglang.srt.models.deepseek_common.attention_forward_methods.forward_mha"
-CAPTURE_PROBES = ("is_in_piecewise_cuda_graph", "is_in_tc_piecewise_cuda_graph", "is_in_breakable_cuda_graph")
-NEEDED = (
-    (REGISTRY, "ATTENTION_BACKENDS"),
-    (REGISTRY, "register_attention_backend"),
-    (SERVER_ARGS, "ServerArgs"),
-    (SERVER_ARGS, "ATTENTION_BACKEND_CHOICES"),
-    (SERVER_ARGS, "add_attention_backend_choices"),
-    (HOOKS, "HookRegistry"),
-    (HOOKS, "HookType"),
-    ("sglang.srt.layers.attention.base_attn_backend", "AttentionBackend"),
 )
 
 
@@ -200,25 +192,38 @@ class BridgeError(ValueError):
     """This release of SGLang lacks something that we need; the message names the probe."""
 
 
+def ledger() -> tuple[Touch, ...]:
+    """The entries above, for whoever wants to see them or to ask their probes."""
+    return LEDGER
+
+
 def check() -> None:
-    """Probe what registration needs.
+    """Ask the probes without which we cannot register ourselves.
 
     Raises:
-        BridgeError: something is missing, by name.
+        BridgeError: one does not hold, by name.
     """
-    missing = []
-    for module, name in NEEDED:
-        try:
-            found = hasattr(import_module(module), name)
-        except ImportError:
-            found = False
-        if not found:
-            missing.append(f"{module}.{name}")
+    missing = [
+        f"{touch.what} ({verdict})" for touch in LEDGER if touch.needed and (verdict := touch.verdict()) != "here"
+    ]
     if missing:
         raise BridgeError(
-            f"this SGLang has no {', no '.join(missing)}: taut was made for the releases 0.5.11 to 0.5.23 and cannot "
+            f"this SGLang has no {'; no '.join(missing)}. taut was made for the releases 0.5.11 to 0.5.23 and cannot "
             "register itself here"
         )
+
+
+def _has(module: str, *names: str) -> bool:
+    """Whether a module of SGLang's is there and has all these names."""
+    try:
+        found = import_module(module)
+    except ModuleNotFoundError:
+        return False
+    return all(hasattr(found, name) for name in names)
+
+
+def _has_method(module: str, owner: str, name: str) -> bool:
+    return _has(module, owner) and hasattr(getattr(import_module(module), owner), name)
 
 
 def engine_version() -> str:
@@ -276,12 +281,6 @@ def prefill_is_captured() -> bool:
     return any(captured() for captured in probes if captured is not None)
 
 
-def can_merge_chunks() -> bool:
-    """Whether SGLang has the kernel that merges the chunks of unabsorbed MLA: it has none on a CPU."""
-    mha = import_module(MLA_UNABSORBED)
-    return hasattr(mha, "merge_state_v2") or hasattr(mha, "merge_state")
-
-
 def _join(names: list[str] | None) -> None:
     if names is not None and NAME not in names:
         names.append(NAME)
@@ -336,7 +335,7 @@ def after_backends_are_built(hook: Callable[[Any], None]) -> None:
     module = sys.modules.get(MODEL_RUNNER)
     if module is None:
         return
-    methods = [m for m in ("init_attention_backends", "init_attention_backend") if hasattr(module.ModelRunner, m)]
+    methods = [method for method in BUILDERS if hasattr(module.ModelRunner, method)]
     if not methods:
         raise BridgeError(f"SGLang {engine_version()}: ModelRunner has no init_attention_backend(s)")
     _hook(f"{MODEL_RUNNER}.ModelRunner.{methods[0]}", lambda _result, runner, *_, **__: hook(runner), "AFTER")
@@ -370,6 +369,14 @@ def attention_layers(model: Any) -> list[Any]:
 
     modules = getattr(model, "modules", None)
     return [module for module in modules() if isinstance(module, RadixAttention)] if modules else []
+
+
+def sparse_refusal(model_runner: Any) -> list[str]:
+    """Why a model with attention to chosen tokens cannot be served; empty for others."""
+    config = getattr(getattr(model_runner, "model_config", None), "hf_config", None)
+    if getattr(config, "index_topk", None) is None:
+        return []
+    return ["index_topk: attention to chosen tokens (sparse MLA) is not supported"]
 
 
 def attention_type(layer: Any) -> str:

@@ -143,6 +143,7 @@ def argument_refusals(server_args: Any) -> list[str]:
     switches = {
         "enable_deterministic_inference": "sums that do not depend on the batch",
         "enable_unified_memory": "a pool of virtual slots",
+        "enable_two_batch_overlap": "two batches at once",
         "dllm_algorithm": "diffusion language models",
         "multi_item_scoring_delimiter": "masks between items",
         "prefill_only_disable_kv_cache": "prompts without a cache",

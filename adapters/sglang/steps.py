@@ -88,7 +88,6 @@ class TautMetadata:
     Args:
         batch: what the host knows of it.
         step: rows, lengths and pages.
-        captured: whether a CUDA graph holds its layers.
         windowed: the step of layers whose keys lie in the windowed part of a hybrid pool; None where there is none.
         windowed_slots: [T] where the new tokens of such layers go.
         prepared: workspaces that are ready for this step, by problem and by whether its keys are windowed.
@@ -97,7 +96,6 @@ class TautMetadata:
 
     batch: Batch
     step: Step
-    captured: bool = False
     windowed: Step | None = None
     windowed_slots: Tensor | None = None
     prepared: dict[tuple[Problem, bool], Workspace] = field(default_factory=dict)
@@ -155,7 +153,7 @@ class Steps:
             )
         return self._even_starts[queries]
 
-    def metadata(self, batch: Batch, *, captured: bool = False) -> TautMetadata:
+    def metadata(self, batch: Batch) -> TautMetadata:
         """The metadata of a batch: views only; `fill` must follow, or be replayed, before a layer reads it."""
         self.reserve(batch.rows)
         starts = self.even_starts(batch.queries) if batch.queries else self._starts
@@ -166,7 +164,7 @@ class Steps:
             max_query=batch.max_query,
             max_length=int(self.table.shape[1]),
         )
-        return TautMetadata(batch, step, captured)
+        return TautMetadata(batch, step)
 
     def fill(self, metadata: TautMetadata) -> None:
         """Fill the buffers of a step on the device; safe to capture in a graph."""
