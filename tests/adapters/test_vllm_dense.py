@@ -243,3 +243,180 @@ def test_auto_leaves_a_refused_layer_to_vllm_and_a_served_one_is_ours(monkeypatc
 def test_a_member_that_is_not_ours_is_no_attribute() -> None:
     with pytest.raises(AttributeError):
         _ = members.TORCH_SDPA
+
+
+@pytest.mark.parametrize(
+    "asked_for",
+    [
+        {"logits_soft_cap": 2.0},
+        {"alibi_slopes": [2.0**-i for i in range(HEADS)]},
+        {"sinks": torch.linspace(-1, 2, HEADS, dtype=torch.bfloat16)},
+        {"sliding_window": 4, "sinks": torch.zeros(HEADS)},
+    ],
+    ids=["soft cap", "ALiBi", "sinks", "window and sinks"],
+)
+def test_what_a_layer_asks_for_reaches_the_kernels(asked_for: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers as the reference over keys side by side; other numbers than without."""
+    torch.manual_seed(0)
+    implementation, plain = layer(**asked_for), layer()
+    implementation.process_weights_after_loading(torch.bfloat16)
+    query, key, value = (torch.randn(25, heads, SIZE) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    outs = []
+    for which in (implementation, plain):
+        metadata = builder(which, monkeypatch).build(0, batch([18, 7], [18, 7]))
+        cache = torch.full((PAGES, KV_HEADS, PAGE, 2 * SIZE), torch.nan)
+        outs.append(torch.full((25, HEADS, SIZE), torch.nan))
+        which.do_kv_cache_update(SCALES, key, value, cache, metadata.slot_mapping)
+        which.forward(SCALES, query, key, value, cache, metadata, outs[-1])
+    exact = torch.full((25, HEADS, SIZE), torch.nan)
+    slopes, sinks = asked_for.get("alibi_slopes"), asked_for.get("sinks")
+    reference.ragged_attention(
+        query, key, value, metadata.step.query_starts, metadata.step.query_starts,
+        Mask(left=(asked_for.get("sliding_window") or 0) - 1, soft_cap=asked_for.get("logits_soft_cap", 0.0)),
+        exact, scale=SIZE**-0.5, max_query=18, max_length=18,
+        sinks=None if sinks is None else sinks.float(), alibi_slopes=None if slopes is None else torch.tensor(slopes),
+    )  # fmt: skip
+    torch.testing.assert_close(outs[0], exact)
+    assert not torch.allclose(outs[0], outs[1], atol=1e-3)
+
+
+def test_every_head_may_have_a_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads a thousand times apart in size: one scale for all would lose one of them."""
+    torch.manual_seed(0)
+    scheme = SimpleNamespace(quant_config=SimpleNamespace(kv_cache_scheme={"strategy": "attn_head"}))
+    assert dense.has_head_scales(scheme)
+    assert not dense.has_head_scales(SimpleNamespace(quant_config=None))
+    implementation = layer(kv_cache_dtype="fp8_e4m3")
+    metadata = builder(implementation, monkeypatch).build(0, batch([18, 7], [18, 7]))
+    sizes = torch.tensor([1.0, 1000.0])
+    scales = SimpleNamespace(_k_scale=sizes / 100, _v_scale=sizes / 100)
+    cache = torch.full((PAGES, KV_HEADS, PAGE, 2 * SIZE), 0x7F, dtype=torch.uint8)  # NaN in e4m3
+    query = torch.randn(25, HEADS, SIZE) / sizes.repeat_interleave(HEADS // KV_HEADS)[:, None]
+    key, value = (torch.randn(25, KV_HEADS, SIZE) * sizes[:, None] for _ in range(2))
+    out, exact = (torch.full((25, HEADS, SIZE), torch.nan) for _ in range(2))
+    implementation.do_kv_cache_update(scales, key, value, cache, metadata.slot_mapping)
+    implementation.forward(scales, query, key, value, cache, metadata, out)
+    starts = metadata.step.query_starts
+    reference.ragged_attention(
+        query, key, value, starts, starts, Mask(), exact, scale=SIZE**-0.5, max_query=18, max_length=18
+    )
+    errors = (out - exact).norm(dim=(0, 2)) / exact.norm(dim=(0, 2))
+    assert (errors < 0.1).all(), errors
+
+
+def test_cross_attention_reads_what_the_encoder_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own wrapper: the first step stores the encoder's keys, the second has none and reads them."""
+    from vllm.model_executor.layers.attention.cross_attention import create_cross_attention_backend
+
+    torch.manual_seed(0)
+    backend = create_cross_attention_backend(dense.backend_for("CPU_ATTN"))
+    made = layer(attn_type=AttentionType.ENCODER_DECODER)
+    assert "non_causal" in made.problem.features
+    implementation = backend.get_impl_cls()(
+        HEADS, SIZE, SIZE**-0.5, KV_HEADS, None, None, "auto", None, AttentionType.ENCODER_DECODER
+    )
+    monkeypatch.setattr(dense, "TautMetadataBuilder", backend.get_builder_cls())
+    build = builder(implementation, monkeypatch)
+    held = SimpleNamespace(_k_scale=torch.ones(()), _v_scale=torch.ones(()), kv_sharing_target_layer_name=None)
+    cache = torch.full((PAGES, KV_HEADS, PAGE, 2 * SIZE), torch.nan)
+    sources = [20, 6]
+    key, value = torch.randn(26, KV_HEADS, SIZE), torch.randn(26, KV_HEADS, SIZE)
+    for lengths, queries in (([4, 2], [4, 2]), ([5, 3], [1, 1])):
+        common = batch([20, 6], [1, 1])
+        starts = torch.tensor([0, queries[0], sum(queries)], dtype=torch.int32)
+        common.query_start_loc = common.query_start_loc_cpu = starts
+        common.num_actual_tokens, common.max_query_len = sum(queries), max(queries)
+        common.seq_lens = common.seq_lens_cpu_upper_bound = torch.tensor(lengths, dtype=torch.int32)
+        common.encoder_seq_lens = torch.tensor(sources, dtype=torch.int32)
+        common.encoder_seq_lens_cpu = common.encoder_seq_lens.numpy()
+        metadata = build.build(0, common)
+        first = lengths == queries
+        query = torch.randn(sum(queries), HEADS, SIZE)
+        out = torch.full((sum(queries), HEADS, SIZE), torch.nan)
+        implementation.forward(held, query, key if first else None, value if first else None, cache, metadata, out)
+        for row, (own, seen) in enumerate(
+            ((slice(0, queries[0]), slice(0, 20)), (slice(queries[0], None), slice(20, 26)))
+        ):
+            expected = torch.nn.functional.scaled_dot_product_attention(
+                *(t.transpose(0, 1) for t in (query[own], key[seen], value[seen])), enable_gqa=True
+            ).transpose(0, 1)
+            torch.testing.assert_close(out[own], expected, rtol=1e-5, atol=1e-5, msg=f"row {row}")
+
+
+def test_warm_up_runs_every_kind_of_step_and_leaves_a_builder_that_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    implementation = layer(sliding_window=5)
+    made = builder(implementation, monkeypatch)
+    steps: set[tuple[int, int]] = set()
+    calls: list[str] = []
+    real = implementation.kernels
+    implementation.kernels = SimpleNamespace(
+        workspace=real.workspace,
+        store_kv=lambda *_, **__: calls.append("store_kv"),
+        paged_attention=lambda *given, **__: steps.add((given[3].rows, given[3].max_query)),
+    )
+    made.warm_up()
+    assert steps == {(rows, most) for rows in (1, 2, 4, 8) for most in (1, dense.FEW_QUERIES, 64)}
+    assert len(calls) == len(steps)
+    implementation.kernels = real
+    made.warm_up()  # the reference runs them too: rows without keys
+
+
+def test_a_windows_schedule_is_its_own() -> None:
+    """Layers of different windows share no schedule: one looks no further back than its window."""
+    assert layer(sliding_window=8).problem.left == 7
+    assert layer().problem.left == -1
+    assert layer(attn_type=AttentionType.ENCODER_ONLY, sliding_window=8).problem.left == -1
+    assert "window" in layer(sliding_window=8).problem.features
+
+
+def test_a_decoder_that_sees_ahead_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, common = builder(layer(), monkeypatch), batch([20, 3], [1, 3])
+    common.causal = False
+    with pytest.raises(ValueError, match="to what follows is not supported"):
+        made.build(0, common)
+
+
+def vllm_config(**different: Any) -> Any:
+    """As much of a `VllmConfig` as is looked at."""
+    hf = {"model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 512} | different
+    architectures = hf.pop("architectures", ["LlamaForCausalLM"])
+    parallel = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1, "tensor_parallel_size": 2}
+    return SimpleNamespace(
+        model_config=SimpleNamespace(
+            is_mm_prefix_lm=hf.pop("mm_prefix", False), architectures=architectures,
+            hf_config=SimpleNamespace(to_dict=lambda: hf),
+        ),
+        parallel_config=SimpleNamespace(**parallel | {k: hf.pop(k) for k in list(hf) if k in parallel}),
+        attention_config=SimpleNamespace(), kv_transfer_config=None, cache_config=SimpleNamespace(cache_dtype="auto"),
+    )  # fmt: skip
+
+
+def test_what_no_question_tells_is_read_from_the_models_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = vllm_config(attn_logit_softcapping=50.0)
+    monkeypatch.setattr(dense.bridge, "current_config", lambda: config)
+    [problem] = dense.TautBackend.problems_asked(asked())
+    assert (problem.q_heads, problem.kv_heads) == (4, 1)  # on one device of two
+    assert "soft_cap" in problem.features
+
+
+@pytest.mark.parametrize(
+    ("different", "reason"),
+    [
+        ({"mm_prefix": True}, "multimodal prefixes"),
+        ({"decode_context_parallel_size": 2}, "decode context parallelism"),
+        ({"architectures": ["Rnj1ForCausalLM"]}, "chunk_lookback"),
+        ({"architectures": ["Step1ForCausalLM"]}, "alibi_sqrt"),
+    ],
+)
+def test_a_model_is_refused_with_the_reason(different: dict[str, Any], reason: str) -> None:
+    assert selection.model_refusals(vllm_config(), kind="dense") == []
+    [said] = selection.model_refusals(vllm_config(**different), kind="dense")
+    assert reason in said
+    # What vLLM's own validation asks, it answers itself.
+    assert selection.model_refusals(vllm_config(mm_prefix=True), asked(), kind="dense") == []
+
+
+def test_a_probe_that_fails_is_named_before_anything_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection.bridge, "failures", lambda: ("vLLM 9.9 lacks a thing (probe: a place)",))
+    with pytest.raises(ValueError, match=r"vLLM 9.9 lacks a thing \(probe: a place\)"):
+        _ = members.CUSTOM
