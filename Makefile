@@ -4,12 +4,13 @@
 
 PYTHON ?= python3
 VENV := .venv
+SGLANG_VENV := .venv-sglang
 BIN := $(VENV)/bin
 MODEL := .models/SmolLM2-135M-Instruct
 PIP := $(BIN)/python -m pip --disable-pip-version-check install $(shell [ -t 2 ] || echo -q)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit kernels contract engines environment model clean
+.PHONY: help demo test lint unit kernels contract engines sglang environment model clean
 
 help:
 	@echo "make demo   text from a real engine, its own attention beside ours (sets everything up first)"
@@ -20,7 +21,7 @@ demo: $(VENV)/engine.done $(MODEL)/config.json
 	@echo "==> generating with the engine's own attention and with ours"
 	@$(BIN)/taut demo --model $(MODEL)
 
-test: lint unit kernels contract engines
+test: lint unit kernels contract engines sglang
 
 lint: $(VENV)/tests.done
 	@echo "==> lint, format and types"
@@ -49,6 +50,11 @@ engines: $(VENV)/tests.done $(MODEL)/config.json
 	@echo "==> tests with the real engine and the real model"
 	$(BIN)/python -m pytest -q tests/integration
 
+# SGLang cannot live beside vLLM: an environment of its own, and stand-ins for two packages without a build for CPUs.
+sglang: $(SGLANG_VENV)/engine.done $(MODEL)/config.json
+	@echo "==> tests with SGLang's CPU engine"
+	PYTHONPATH=tests/standins $(SGLANG_VENV)/bin/python -m pytest -q tests/adapters/test_sglang_backend.py tests/integration/test_sglang_text.py
+
 environment: $(VENV)/engine.done
 model: $(MODEL)/config.json
 
@@ -61,8 +67,12 @@ $(VENV)/tests.done: $(VENV)/engine.done requirements/dev.txt
 	@$(PIP) --no-deps -r requirements/dev.txt
 	@touch $@
 
+$(SGLANG_VENV)/engine.done: pyproject.toml requirements/torch.txt requirements/sglang-cpu.txt tools/set_up_sglang.sh
+	@sh tools/set_up_sglang.sh $(PYTHON) $(SGLANG_VENV) "$(subst $(BIN),$(SGLANG_VENV)/bin,$(PIP))"
+	@touch $@
+
 $(MODEL)/config.json: | $(VENV)/engine.done
 	@$(BIN)/python -m taut.cli.small_model $(MODEL)
 
 clean:
-	rm -rf $(VENV) .models .releases .types build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(SGLANG_VENV) .models .releases .types build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,251 @@
+"""The SGLang adapter without an engine: what it does per step and per layer, counted; and what it refuses."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("sglang", reason="needs SGLang's classes: make sglang")
+
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+from taut.adapters.engine import Selection
+from taut.adapters.sglang import backend, selection
+from taut.adapters.sglang.steps import Steps, batch_of
+from taut.common_kernels import reference
+
+HEADS, KV_HEADS, SIZE, SLOTS, CONTEXT, REQUESTS = 6, 2, 32, 96, 40, 5
+
+
+class Operations(TorchDispatchMode):
+    """Every aten operation that runs inside, by name; views leave the data where it is and do not count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not any(argument.alias_info for argument in func._schema.returns) or func._schema.is_mutable:
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(autouse=True)
+def _told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "_state", selection._State(Selection("on")))
+
+
+class Pool:
+    """A pool of SGLang's: [slots, heads, size] for each layer, poisoned."""
+
+    def __init__(self, heads: int, size: int, dtype: torch.dtype = torch.float32) -> None:
+        self.keys, self.values = (torch.full((SLOTS, heads, size), torch.nan).to(dtype) for _ in range(2))
+
+    def get_key_buffer(self, _layer: int) -> torch.Tensor:
+        return self.keys
+
+    def get_value_buffer(self, _layer: int) -> torch.Tensor:
+        return self.values
+
+
+class HybridPool(Pool):
+    """A pool that keeps the keys of windowed layers apart, in slots of their own: the mirrored ones."""
+
+    def __init__(self) -> None:
+        super().__init__(KV_HEADS, SIZE)
+        self.layers_mapping = {0: (0, True)}
+        self.full_to_swa_index_mapping = torch.arange(SLOTS - 1, -1, -1)
+
+
+def layer(**different: Any) -> RadixAttention:
+    usual = {"num_heads": HEADS, "head_dim": SIZE, "scaling": SIZE**-0.5, "num_kv_heads": KV_HEADS, "layer_id": 0}
+    return RadixAttention(**(usual | different))
+
+
+def runner(*layers: RadixAttention, pool: Pool | None = None, mla: bool = False, **arguments: Any) -> Any:
+    model = torch.nn.ModuleList(layers)
+    pool = pool or Pool(KV_HEADS, SIZE)
+    table = torch.full((REQUESTS, CONTEXT), 2**30, dtype=torch.int32)
+    return SimpleNamespace(
+        model=model, token_to_kv_pool=pool, req_to_token_pool=SimpleNamespace(req_to_token=table, size=REQUESTS - 1),
+        device="cpu", dtype=torch.float32, kv_cache_dtype=pool.keys.dtype, use_mla_backend=mla,
+        sliding_window_size=None,
+        server_args=SimpleNamespace(chunked_prefill_size=64, **arguments), is_draft_worker=False,
+    )  # fmt: skip
+
+
+def batch(made: Any, mode: ForwardMode, lengths: list[int], queries: list[int], **more: Any) -> Any:
+    """A batch over requests 3, 1, ...: `lengths` tokens each, the last `queries` of them new; slots from the end."""
+    rows = [3, 1, 4][: len(lengths)]
+    table, slots, free = made.req_to_token_pool.req_to_token, [], SLOTS - 1
+    for row, length, new in zip(rows, lengths, queries, strict=True):
+        table[row] = torch.where(torch.arange(CONTEXT) < length, free - torch.arange(CONTEXT, dtype=torch.int32), 0)
+        slots += table[row, length - new : length].tolist()
+        free -= 30
+    verify = mode == ForwardMode.TARGET_VERIFY
+    seq_lens = [length - new for length, new in zip(lengths, queries, strict=True)] if verify else lengths
+    return SimpleNamespace(
+        forward_mode=mode, batch_size=len(lengths), req_pool_indices=torch.tensor(rows),
+        seq_lens=torch.tensor(seq_lens),
+        input_ids=torch.zeros(sum(queries), dtype=torch.int64), out_cache_loc=torch.tensor(slots),
+        extend_seq_lens=torch.tensor(queries, dtype=torch.int32), extend_seq_lens_cpu=queries,
+        extend_prefix_lens_cpu=[n - q for n, q in zip(lengths, queries, strict=True)],
+        spec_info=SimpleNamespace(draft_token_num=queries[0]) if verify else None, **more,
+    )  # fmt: skip
+
+
+def test_a_step_costs_two_launches_and_a_decode_step_one() -> None:
+    made = runner()
+    steps = Steps(made.req_to_token_pool.req_to_token, REQUESTS)
+    for mode, queries, expected in (
+        (ForwardMode.DECODE, [1, 1], ["aten.add.out"]),
+        (ForwardMode.EXTEND, [4, 2], ["aten.add.out", "aten.cumsum.out"]),
+    ):
+        forward = batch(made, mode, [9, 7], queries)
+        with Operations() as seen:
+            metadata = steps.metadata(batch_of(forward, in_graph=False))
+            steps.fill(metadata)
+        assert seen.names == expected
+        assert metadata.step.pages.table is made.req_to_token_pool.req_to_token
+        assert metadata.step.lengths.tolist() == [9, 7]
+        assert metadata.step.query_starts.tolist() == [0, queries[0], sum(queries)]
+
+
+@pytest.mark.parametrize("offered", [False, True])
+def test_a_layer_costs_its_kernels_and_nothing_else(offered: bool) -> None:
+    """With kernels that do nothing: no fill, no copy; a new tensor only where SGLang offers none, and that once."""
+    attention = layer()
+    made = runner(attention)
+    ours = backend.TautBackend(made)
+    calls: list[str] = []
+    plan = ours.plans[attention]
+    ours.plans[attention] = backend.replace(
+        plan,
+        kernels=SimpleNamespace(
+            workspace=reference.workspace,
+            store_kv=lambda *_, **__: calls.append("store_kv"),
+            paged_attention=lambda *_, **__: calls.append("paged_attention"),
+        ),
+    )
+    forward = batch(made, ForwardMode.DECODE, [9, 7], [1, 1])
+    ours.init_forward_metadata(forward)
+    query, key = torch.randn(2, HEADS * SIZE), torch.randn(2, KV_HEADS, 3 * SIZE)[..., :SIZE]
+    out = torch.full((2, HEADS * SIZE), torch.nan)
+    if offered:
+        forward._attn_output = out
+    with Operations() as seen:
+        given = ours.forward(query, key, key, attention, forward)
+    assert calls == ["store_kv", "paged_attention"]
+    assert seen.names == ([] if offered else ["aten.new_empty.default"])
+    assert (given is out) == offered
+    assert not offered or forward._attn_output is None
+    assert ours.forward(query, key, key, attention, forward) is not out
+
+
+@pytest.mark.parametrize("window", [-1, 4])
+@pytest.mark.parametrize("hybrid", [False, True])
+@pytest.mark.parametrize("mode", [ForwardMode.DECODE, ForwardMode.TARGET_VERIFY])
+def test_prefill_then_more(window: int, hybrid: bool, mode: ForwardMode) -> None:
+    """Through a poisoned pool, against torch's own attention over all keys; the radius of a window is inclusive."""
+    if hybrid and window < 0:
+        pytest.skip("a hybrid pool is for windowed layers")
+    torch.manual_seed(0)
+    attention = layer(sliding_window_size=window)
+    made = runner(attention, pool=HybridPool() if hybrid else None)
+    ours = backend.TautBackend(made)
+    new = [1, 1] if mode == ForwardMode.DECODE else [3, 3]
+    keys = [torch.empty(0, KV_HEADS, SIZE) for _ in new]
+    values = [torch.empty(0, KV_HEADS, SIZE) for _ in new]
+    for kind, lengths, queries in (
+        (ForwardMode.EXTEND, [9, 7], [9, 7]),
+        (ForwardMode.EXTEND, [15, 8], [6, 1]),
+        (mode, [15 + new[0], 8 + new[1]], new),
+    ):
+        forward = batch(made, kind, lengths, queries)
+        ours.init_forward_metadata(forward)
+        total = sum(queries)
+        query, key, value = (torch.randn(total, heads, SIZE) for heads in (HEADS, KV_HEADS, KV_HEADS))
+        out = ours.forward(query.flatten(1), key, value, attention, forward).view(total, HEADS, SIZE)
+        first = 0
+        for row, (length, count) in enumerate(zip(lengths, queries, strict=True)):
+            own = slice(first, first + count)
+            first += count
+            keys[row], values[row] = torch.cat([keys[row], key[own]]), torch.cat([values[row], value[own]])
+            distance = torch.arange(length)[None] - torch.arange(length - count, length)[:, None]
+            seen = (distance <= 0) & (distance >= -(window if window > 0 else length))
+            expected = torch.nn.functional.scaled_dot_product_attention(
+                *(t.transpose(0, 1) for t in (query[own], keys[row], values[row])), attn_mask=seen, enable_gqa=True
+            ).transpose(0, 1)
+            torch.testing.assert_close(out[own], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_captured_metadata_of_both_kinds() -> None:
+    """A graph's step reads the same tensors later, with other lengths; the older hooks fill them at each replay."""
+    attention = layer()
+    made = runner(attention)
+    ours = backend.TautBackend(made)
+    forward = batch(made, ForwardMode.DECODE, [9, 7], [1, 1])
+    ours.init_forward_metadata_out_graph(forward, in_capture=True)
+    ours.init_forward_metadata_in_graph(forward)
+    assert ours.forward_metadata is not None
+    step = ours.forward_metadata.step
+    assert step.lengths.tolist() == [9, 7]
+    forward.seq_lens.copy_(torch.tensor([10, 8]))
+    ours.init_forward_metadata_in_graph(forward)  # what a replay runs again
+    assert step.lengths.tolist() == [10, 8]
+    arguments = (forward.req_pool_indices, forward.seq_lens)
+    ours.init_forward_metadata_capture_cuda_graph(2, 2, *arguments, None, ForwardMode.DECODE, None)
+    older = ours.forward_metadata.step
+    forward.seq_lens.copy_(torch.tensor([11, 9]))
+    ours.init_forward_metadata_replay_cuda_graph(2, *arguments, 20, None, ForwardMode.DECODE, None, None)
+    assert older.lengths.tolist() == [11, 9]
+    with pytest.raises(ValueError, match="cannot be captured in a CUDA graph"):
+        ours.init_cuda_graph_state(8, 8)  # the reference
+
+
+def test_what_is_not_known_is_refused_by_name() -> None:
+    attention = layer()
+    made = runner(attention)
+    ours = backend.TautBackend(made)
+    forward = batch(made, ForwardMode.DECODE, [9], [1])
+    ours.init_forward_metadata(forward)
+    query, key = torch.randn(1, HEADS * SIZE), torch.randn(1, KV_HEADS, SIZE)
+    with pytest.raises(ValueError, match="argument score_mod is not supported"):
+        ours.forward(query, key, key, attention, forward, score_mod=len)
+    ours.forward(query, key, key, attention, forward, score_mod=None)
+    assert ours.forward_metadata is not None
+    with pytest.raises(ValueError, match="custom_mask"):
+        ours.forward_metadata.custom_mask = torch.ones(1)
+
+
+@pytest.mark.parametrize(
+    ("different", "arguments", "says"),
+    [
+        ({"is_cross_attention": True}, {}, "is_cross_attention"),
+        ({"attn_type": AttentionType.DECODER_BIDIRECTIONAL}, {"chunked_prefill_size": -1}, "DECODER_BIDIRECTIONAL"),
+        ({}, {"kv_cache_dtype": "fp4_e2m1"}, "--kv-cache-dtype fp4_e2m1"),
+        ({}, {"speculative_algorithm": "NGRAM"}, "verifies trees"),
+        ({}, {"dcp_size": 2}, "context parallelism"),
+        ({}, {"enable_deterministic_inference": True}, "do not depend on the batch"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_before_it_is(
+    different: dict[str, Any], arguments: dict[str, Any], says: str
+) -> None:
+    made = runner(layer(**different))
+    for name, value in arguments.items():
+        setattr(made.server_args, name, value)
+    with pytest.raises(ValueError, match=says):
+        backend.TautBackend(made)
+
+
+def test_a_temperature_by_position_is_refused() -> None:
+    attention = layer()
+    attention.xai_temperature_len = 1024
+    with pytest.raises(ValueError, match="xai_temperature_len=1024"):
+        backend.TautBackend(runner(attention))

@@ -1,0 +1,89 @@
+"""SGLang's CPU engine through our attention: the tokens of its own attention, and of Hugging Face for MLA."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+pytest.importorskip("sglang", reason="needs SGLang's CPU engine: make sglang")
+
+from tiny_mla import greedy as hugging_face
+from tiny_mla import make
+
+from integration.engine import PROMPTS
+from integration.sglang_engine import EngineFailedError, Run, generate
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TEXTS = list(PROMPTS)
+
+
+def assert_ours_served(run: Run, kind: str) -> None:
+    """A process of the engine, not the one that asked it, said that it serves through us, and that a step ran there."""
+    assert run.proof, run.log[-3000:]
+    assert all(f"serves {kind} attention in SGLang" in line for line in run.proof)
+    pids = {int(found[1]) for line in run.proof if (found := re.search(r"pid=(\d+)", line))}
+    assert pids
+    assert run.pid not in pids
+    assert "first step:" in run.log
+
+
+@pytest.fixture(scope="module")
+def stock(model: Path) -> Run:
+    run = generate("off", [TEXTS], attention_backend="torch_native", disable_overlap_schedule=True)
+    assert not run.proof
+    assert "first step:" not in run.log
+    return run
+
+
+def test_plain(stock: Run) -> None:
+    """Asked for with the engine's own argument; then once more, over the prefixes that are cached by now."""
+    ours = generate(None, [TEXTS, TEXTS], attention_backend="taut", disable_overlap_schedule=True)
+    assert_ours_served(ours, "dense")
+    assert all(len(ids) == 32 for ids in ours.ids[0])
+    assert ours.ids[0] == stock.ids[0]
+    assert min(ours.cached[1]) > 0
+    assert ours.ids[1] == stock.ids[0]
+
+
+def test_chunked_prefill_with_larger_pages_and_overlap(stock: Run) -> None:
+    """Chosen by TAUT_ATTENTION: prompts in chunks of 16 tokens, pages of 16, the scheduler a step ahead."""
+    ours = generate("on", [TEXTS, TEXTS], page_size=16, chunked_prefill_size=16)
+    assert_ours_served(ours, "dense")
+    assert ours.ids == [stock.ids[0], stock.ids[0]]
+    assert max(ours.cached[1]) >= 16
+
+
+@pytest.mark.parametrize("experts", [False, True], ids=["dense layers", "mixture of experts"])
+def test_mla_as_hugging_face(experts: bool, tmp_path: Path) -> None:
+    """A prompt without a prefix is unabsorbed, a short rest behind a cached one absorbed, a long one in one shot."""
+    folder = make(tmp_path / "model", experts=experts)
+    prompts = [[(7 * i + 13 * j) % 500 + 3 for j in range(5 + 9 * i)] for i in range(4)]
+    longer = [prompt + [(11 * i + 3 * j) % 500 + 3 for j in range(400)] for i, prompt in enumerate(prompts[:1])]
+    ours = generate("auto", [prompts, prompts, longer], model=folder, skip_tokenizer_init=True)
+    assert_ours_served(ours, "MLA")
+    assert ours.ids[0] == hugging_face(folder, prompts, 32)
+    assert min(ours.cached[1]) > 0
+    assert ours.ids[1] == ours.ids[0]
+    assert ours.cached[2][0] > 0
+    assert ours.ids[2] == hugging_face(folder, longer, 32)
+
+
+def refused(attention: str | None, **engine: Any) -> str:
+    with pytest.raises(EngineFailedError) as stopped:
+        generate(attention, [TEXTS[:1]], **engine)
+    return str(stopped.value)
+
+
+def test_on_and_another_backend_by_name_stop_the_server(model: Path) -> None:
+    said = refused("on", attention_backend="torch_native")
+    assert "--attention-backend torch_native asks for another backend" in said
+
+
+def test_auto_leaves_a_backend_by_name_alone(model: Path) -> None:
+    run = generate("auto", [TEXTS[:1]], tokens=2, attention_backend="torch_native", kv_cache_dtype="auto")
+    assert not run.proof
+    assert run.log.count("SGLang keeps its own attention: --attention-backend torch_native asks") == 1

@@ -1,0 +1,6 @@
+"""Functions: none."""
+
+from .. import lacking
+from . import InterpolationMode  # noqa: F401
+
+__getattr__ = lacking(__name__)
