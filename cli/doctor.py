@@ -145,6 +145,18 @@ class Model:
     outcomes: Mapping[str, Mapping[str, str]]
 
 
+@dataclass(frozen=True)
+class Probed:
+    """An entry of an adapter's ledger, and what its probe found in the engine that is installed."""
+
+    engine: str
+    what: str
+    since: str
+    until: str
+    verdict: str
+    needed: bool
+
+
 @dataclass
 class Report:
     """Everything the doctor found."""
@@ -159,6 +171,7 @@ class Report:
     providers: list[Provider] = field(default_factory=list)
     settings: list[Setting] = field(default_factory=list)
     model: Model | None = None
+    bridge: list[Probed] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
 
     @property
@@ -178,6 +191,7 @@ def collect(
     model: Mapping[str, Any] | None = None,
     target: str | None = None,
     kernels: Registry | None = None,
+    bridge: bool = False,
 ) -> Report:
     """Look around.
 
@@ -187,6 +201,7 @@ def collect(
         model: the content of a model's `config.json`, to be judged.
         target: what the model is to run on; None for the first GPU here, or the CPU.
         kernels: the kernel providers; None for those of this process.
+        bridge: whether to run the probes of the adapters' ledgers, which import the engines.
 
     Raises:
         UserError: `engine` is none that we can speak to.
@@ -207,7 +222,20 @@ def collect(
         choosable = _check_choice(report, kernels, settings, target)
         if model is not None and choosable:
             _model(report, kernels, settings, model, target, adapters if engine is None else {engine: adapters[engine]})
+        for found in report.engines:
+            if bridge and found.version:
+                _bridge(report, adapters[found.name])
     return report
+
+
+def _bridge(report: Report, adapter: EngineAdapter) -> None:
+    """What the probes of an adapter's ledger find."""
+    for touch in adapter.ledger():
+        probed = Probed(adapter.name, touch.what, touch.since, touch.until, touch.verdict(), touch.needed)
+        report.bridge.append(probed)
+        if probed.needed and probed.verdict != "here":
+            advice = "use a release of the engine that this release of taut was made for"
+            report.add("wrong", adapter.name, f"{probed.verdict}: {probed.what}", advice)
 
 
 def _settings(report: Report, environment: Mapping[str, str]) -> Settings:
@@ -617,6 +645,9 @@ def render(report: Report) -> Group:
     parts += [_capabilities(provider) for provider in report.providers]
     if report.model:
         parts += _render_model(report.model)
+    if report.bridge:
+        rows = [(p.engine, f"{p.since} to {p.until or 'now'}", p.verdict, p.what) for p in report.bridge]
+        parts.append(_table("Bridge", ("engine", "releases", "here", "what"), rows))
     findings = Table(title="Findings", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("", "about", "finding"):
         findings.add_column(column, overflow="fold")
@@ -698,17 +729,20 @@ def command(
     target: Annotated[
         str | None, typer.Option(help="Judge for this device instead of the one here: cpu, sm_90, gfx942.")
     ] = None,
+    bridge: Annotated[
+        bool, typer.Option("--bridge", help="Hold our ledger of the engine's internals against it; imports the engine.")
+    ] = False,
     as_data: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Say what is installed, what would serve, and why. Exit status 1 if anything is wrong.
 
     The keys of --json, which stay: taut, python, platform, torch (version, build; null where it is missing), triton,
-    gpus, engines, providers (with their capabilities), settings, model (null without --model), and findings (level: ok,
-    note or wrong; about; says; advice).
+    gpus, engines, providers (with their capabilities), settings, model (null without --model), bridge (empty without
+    --bridge), and findings (level: ok, note or wrong; about; says; advice).
     """
     logging.getLogger("taut").addHandler(logging.NullHandler())  # what would be logged stands among the findings
     config = None if model is None else read_model(model)
-    report = collect(engine=engine, model=config, target=target)
+    report = collect(engine=engine, model=config, target=target, bridge=bridge)
     if as_data:
         typer.echo(as_json(report))
     else:
