@@ -27,6 +27,7 @@ from taut.adapters.vllm.shared import (
     cache_dtype_refusal,
     class_for,
     device,
+    model_dtype,
     page_size,
     say_first_step,
     serving_kernels,
@@ -129,6 +130,16 @@ class TautMetadata:
     num_actual_tokens: int
     workspaces: dict[Problem, Workspace]
     slot_mapping: torch.Tensor
+
+    def workspace_of(self, layer: TautImplementation) -> Workspace:
+        """What a layer's kernels need; made now for a layer that did not exist when the builder asked for them."""
+        if layer.problem not in self.workspaces:
+            made = layer.kernels.workspace(
+                layer.problem, self.step.rows, self.num_actual_tokens, str(self.slot_mapping.device), table_path()
+            )
+            made.prepare(self.step)
+            self.workspaces = self.workspaces | {layer.problem: made}
+        return self.workspaces[layer.problem]
 
 
 class TautMetadataBuilder(AttentionMetadataBuilder[TautMetadata]):
@@ -275,7 +286,7 @@ class TautImplementation(AttentionImpl[TautMetadata]):
         self.two_sided_mask = Mask(causal=False, left=reach, right=reach, soft_cap=logits_soft_cap or 0.0)
         self.problem = problem_of_layer(
             target=target_of(here),
-            dtype=torch.get_default_dtype(),
+            dtype=model_dtype(),
             kv_cache_dtype=kv_cache_dtype,
             q_heads=num_heads,
             kv_heads=self.num_kv_heads,
@@ -333,7 +344,7 @@ class TautImplementation(AttentionImpl[TautMetadata]):
         say_first_step(attn_metadata.step.rows, attn_metadata.num_actual_tokens)
         tokens = attn_metadata.num_actual_tokens
         mask = self.mask if attn_metadata.causal else self.two_sided_mask
-        workspace = attn_metadata.workspaces.get(self.problem)
+        workspace = attn_metadata.workspace_of(self)
         step = attn_metadata.step
         if self.attn_type in ENCODERS:
             self.kernels.ragged_attention(

@@ -22,7 +22,7 @@ from vllm.model_executor.layers.attention.mla_attention import (
     MLACommonMetadataBuilder,
     QueryLenSupport,
 )
-from vllm.v1.attention.backend import AttentionCGSupport, AttentionType
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, MultipleOf
 
 from taut.adapters.vllm import bridge
 from taut.adapters.vllm.selection import refusal, selection
@@ -32,6 +32,7 @@ from taut.adapters.vllm.shared import (
     cache_dtype_refusal,
     class_for,
     device,
+    model_dtype,
     page_size,
     say_first_step,
     serving_kernels,
@@ -375,7 +376,7 @@ class TautMLAImplementation(MLACommonImpl[Any]):
             **mla,
         )
         self.supports_quant_query_input = False  # a quantised cache is read with queries of the model's dtype
-        dtype = torch.get_default_dtype()  # the model's, while vLLM makes its layers
+        dtype = model_dtype()
         decode = decode_problem(
             dtype=dtype,
             kv_cache_dtype=kv_cache_dtype,
@@ -565,6 +566,7 @@ class TautMLABackend(MemberBackend, MLACommonBackend):
     """What vLLM asks of a backend for latent attention."""
 
     kind: ClassVar[str] = "MLA"
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", *CACHE_DTYPES]
 
     @staticmethod
     def get_impl_cls() -> type[TautMLAImplementation]:
@@ -575,6 +577,11 @@ class TautMLABackend(MemberBackend, MLACommonBackend):
     def get_builder_cls() -> type[TautMLAMetadataBuilder]:
         """The metadata builder."""
         return TautMLAMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(*_: Any) -> list[int | MultipleOf]:
+        """Pages of whole tiles of 16 tokens: smaller ones would spill with many heads."""
+        return [MultipleOf(16)]
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:

@@ -47,6 +47,12 @@ def page_size() -> int:
     return int(getattr(getattr(config, "cache_config", None), "block_size", None) or 16)
 
 
+def model_dtype() -> torch.dtype:
+    """The dtype of the model that is being built; torch's default, which vLLM sets to it, where none is told."""
+    told = getattr(getattr(bridge.current_config(), "model_config", None), "dtype", None)
+    return told if isinstance(told, torch.dtype) else torch.get_default_dtype()
+
+
 def table_path() -> str | None:
     """The tile table that the user named, if any."""
     return None if selection().table is None else str(selection().table)
