@@ -1,4 +1,4 @@
-"""vLLM: dense attention, chosen through its registry of backends.
+"""vLLM: dense and latent attention, chosen through its registry of backends.
 
 | module | what it holds |
 | --- | --- |
@@ -6,6 +6,7 @@
 | `members` | the names under which vLLM finds our classes |
 | `shared` | what every kind of attention has in common: names, validation, the choice of kernels |
 | `dense` | backend, metadata builder and implementation for MHA, GQA and MQA |
+| `mla` | the same for multi-head latent attention |
 | `bridge` | the ledger: every touch of vLLM's internals, and every difference between its releases |
 """
 
@@ -51,7 +52,7 @@ def taut_engines() -> Sequence[EngineAdapter]:
             plugin_filter="VLLM_PLUGINS",
             releases=RELEASES,
             flag="--attention-backend CUSTOM",
-            serves=("dense",),
+            serves=("dense", "MLA"),
             register=_register,
             ledger=_ledger,
         )
