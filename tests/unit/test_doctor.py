@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -444,6 +445,7 @@ def test_json_keys() -> None:
         "providers",
         "settings",
         "model",
+        "bridge",
         "findings",
     ]
     assert all(list(finding) == ["level", "about", "says", "advice"] for finding in data["findings"])
@@ -534,3 +536,30 @@ def test_a_provider_is_chosen_by_itself_on_the_targets_its_patterns_mean() -> No
     """As the choice itself reads them: "sm_80+" is sm_90 too."""
     report = look(kernels=registry_of(provider("later", automatic_on=("sm_80+",))), target="sm_90")
     assert any("on sm_90 kernels are chosen from: later" in finding.says for finding in report.findings)
+
+
+def test_the_bridge_is_probed_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every entry with its verdict; what is needed and not here is wrong, what fails is told and not raised."""
+    from dataclasses import replace
+
+    from taut.adapters.engine import Touch
+    from taut.cli import doctor
+
+    def entry(what: str, **different: Any) -> Touch:
+        return Touch(what=what, since="0.1", until="", detected="so", why="so", ends="never", **different)
+
+    def broken() -> bool:
+        raise ImportError("no such place")
+
+    touches = (entry("a", probe=lambda: True), entry("b", probe=lambda: False, needed=True), entry("c", probe=broken))
+    adapters = {name: replace(adapter, ledger=lambda: touches) for name, adapter in doctor.engines().items()}
+    monkeypatch.setattr(doctor, "engines", lambda: adapters)
+    monkeypatch.setattr(
+        doctor,
+        "_engines",
+        lambda report, _adapters, _environment: report.engines.append(SimpleNamespace(name="vllm", version="1")),
+    )
+    assert collect(environment={}).bridge == []
+    report = collect(environment={}, bridge=True)
+    assert [p.verdict for p in report.bridge] == ["here", "not here", "failed: ImportError: no such place"]
+    assert [f.says for f in report.findings if f.about == "vllm" and f.level == "wrong"] == ["not here: b"]
