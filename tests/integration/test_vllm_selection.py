@@ -58,7 +58,8 @@ def answers(attention: str | None, selected: str = "") -> dict[str, Any]:
 def test_unset_changes_nothing() -> None:
     said = answers(None)
     assert said["chosen"] == STOCK
-    assert said["overridden"] == ["CPU_ATTN", "CUSTOM"]  # registered, and yet the stock class is what vLLM gets
+    # Registered, and yet the stock class is what vLLM gets.
+    assert said["overridden"] == ["AMX_MLA", "CPU_ATTN", "CPU_MLA", "CUSTOM"]
 
 
 def test_off_registers_nothing() -> None:
