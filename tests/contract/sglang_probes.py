@@ -1,0 +1,46 @@
+"""What an SGLang release that stands first on PYTHONPATH has of what the adapter touches, as JSON: its own process."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from importlib import import_module
+
+from taut.adapters.engine import Selection
+from taut.adapters.sglang import bridge, selection
+
+
+def main() -> None:
+    import_module(bridge.MODEL_RUNNER)  # as in the process that runs the model
+    selection.register(Selection("on"))
+    bridge.register_mla(lambda _layer, _batch: None)
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    from taut.adapters.sglang.backend import TautBackend
+
+    HookRegistry.apply_hooks()
+    ours = vars(TautBackend)
+    base = [member for owner in TautBackend.__mro__[1:] for member in vars(owner).values()]
+    json.dump(
+        {
+            "verdicts": {touch.what: touch.verdict() for touch in bridge.LEDGER},
+            "registered": ATTENTION_BACKENDS.get(bridge.NAME) is selection.build,
+            "hooked": sorted(HookRegistry._patched),
+            "abstract": sorted(TautBackend.__abstractmethods__),
+            "absent": [  # hooks of a graph that this release calls and we lack
+                member.__name__
+                for member in base
+                if inspect.isfunction(member)
+                and "cuda_graph" in member.__name__
+                and member.__name__ not in ours
+                and "raise NotImplementedError" in inspect.getsource(member)
+            ],
+        },
+        sys.stdout,
+    )
+
+
+if __name__ == "__main__":
+    main()
