@@ -1,6 +1,6 @@
 """The adapter holds in every release of its range: registration, choice and hooks, on the Python of real wheels.
 
-Needs SGLang's environment and, in `.releases/sglang/VERSION`, unpacked wheels (`pip download --no-deps sglang==VERSION`).
+Needs SGLang's environment, and unpacked wheels in `.releases/sglang/VERSION`: `pip download --no-deps sglang==VERSION`.
 """
 
 from __future__ import annotations
