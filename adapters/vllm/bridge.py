@@ -33,6 +33,7 @@ RELEASES = ("0.20.2", "0.33.0")  # what this adapter was made for, first and las
 BACKEND = "vllm.v1.attention.backend"
 REGISTRY = "vllm.v1.attention.backends.registry"
 CUDA = "vllm.platforms.cuda"
+MLA = "vllm.model_executor.layers.attention.mla_attention"
 # What the builder reads of vLLM's batch.
 STEP_FIELDS = frozenset(
     {
@@ -334,6 +335,60 @@ LEDGER = (
         why="the key knows a member's name, not what overrides it: ours writes its release there",
         ends="when the key holds the class",
         probe=_source_of("vllm.config:VllmConfig.compute_hash", "self.additional_config"),
+    ),
+    Touch(
+        what="latent attention is made of MLACommonBackend, MLACommonMetadataBuilder, MLACommonImpl and their metadata",
+        since="0.20.2",
+        until="",
+        detected="importable from one module",
+        why="vLLM's layer, its split into decode and prefill, and its drafts expect these",
+        ends="when vLLM documents what a backend of latent attention must offer",
+        probe=lambda: all(_has(f"{MLA}:MLACommon{part}")() for part in ("Backend", "MetadataBuilder", "Impl")),
+    ),
+    Touch(
+        what="forward_mqa gets the query in two tensors, the first made for this call and not read after it",
+        since="0.20.2",
+        until="",
+        detected="MLAAttention.forward_impl makes mqa_ql_nope, and builds the pair of it",
+        why="the result is written over it: nothing is allocated per layer",
+        ends="when forward_mqa is given an output",
+        probe=_source_of(f"{MLA}:MLAAttention.forward_impl", "mqa_q = (mqa_ql_nope, mqa_q_pe)"),
+    ),
+    Touch(
+        what="a prefill backend of the builder's own prepares each step's prefill; before, flags of the builder",
+        since="0.21.0",
+        until="",
+        detected="hasattr(builder, '_prefill_backend')",
+        why="ours takes its place: others plan on the host, and some wait for the device",
+        ends="when a backend can bring its own prefill",
+        probe=_source_of(f"{MLA}:MLACommonMetadataBuilder.__init__", "self._prefill_backend"),
+    ),
+    Touch(
+        what="the context of prefilling rows is planned as a list of chunks, each of some rows; before, of all rows",
+        since="0.28.0",
+        until="",
+        detected="hasattr(context, 'chunks')",
+        why="both are read as one kind of chunk",
+        ends="when 0.27 leaves the range",
+        probe=_has(f"{MLA}:MLACommonPrefillMetadata.ContextChunk"),
+    ),
+    Touch(
+        what="gather_and_maybe_dequant_cache copies latent vectors out of the cache",
+        since="0.20.2",
+        until="",
+        detected="its parameters; a CPU, which lacks it in most releases, gathers in torch",
+        why="keys and values of the context are multiplied out of them",
+        ends="when we gather by ourselves",
+        probe=_takes("vllm._custom_ops:gather_and_maybe_dequant_cache", "token_to_seq", "num_tokens", "seq_starts"),
+    ),
+    Touch(
+        what="a CPU serves latent attention, as CPU_MLA; from 0.29 on as AMX_MLA where it has matrix tiles",
+        since="0.28.0",
+        until="",
+        detected="the members of AttentionBackendEnum",
+        why="both are overridden, as CPU_ATTN is",
+        ends="when the CPU platform honours the selected backend",
+        probe=_has(f"{REGISTRY}:AttentionBackendEnum.CPU_MLA"),
     ),
 )
 
