@@ -15,6 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install $(shell [ -t 2 ]
 help:
 	@echo "make demo   text from a real engine, its own attention beside ours (sets everything up first)"
 	@echo "make test   lint, types and all tests (the same)"
+	@echo "make sglang  the same for SGLang: its CPU engine, in an environment of its own"
 	@echo "make contract  our classes against seven real releases of vLLM (fetches 1 GB once)"
 	@echo "make clean  remove what both have set up"
 
@@ -22,7 +23,7 @@ demo: $(VENV)/engine.done $(MODEL)/config.json
 	@echo "==> generating with the engine's own attention and with ours"
 	@$(BIN)/taut demo --model $(MODEL)
 
-test: lint unit kernels engines sglang
+test: lint unit kernels engines
 
 lint: $(VENV)/tests.done
 	@echo "==> lint, format and types"
@@ -51,7 +52,8 @@ engines: $(VENV)/tests.done $(MODEL)/config.json
 	@echo "==> tests with the real engine and the real model"
 	$(BIN)/python -m pytest -q tests/integration
 
-# SGLang cannot live beside vLLM: an environment of its own, and stand-ins for two packages without a build for CPUs.
+# Not in `make test`, for it takes minutes of its own: SGLang cannot live beside vLLM, so it gets another environment, and
+# stand-ins for two packages that have no build for CPUs.
 sglang: $(SGLANG_VENV)/engine.done $(MODEL)/config.json
 	@echo "==> tests with SGLang's CPU engine"
 	PYTHONPATH=tests/standins $(SGLANG_VENV)/bin/python -m pytest -q tests/adapters/test_sglang_backend.py tests/integration/test_sglang_text.py
