@@ -200,7 +200,9 @@ class TautMetadataBuilder(AttentionMetadataBuilder[TautMetadata]):
     def _run_idle(self, rows: int, max_query: int) -> None:
         """One step of rows without keys through one layer of each kind."""
         starts = torch.arange(rows + 1, dtype=torch.int32, device=self.device)
-        pages = torch.zeros(rows, 1, dtype=torch.int32, device=self.device)
+        # As wide as vLLM's own table: kernels are compiled for what its stride is divisible by.
+        width = -(-self.vllm_config.model_config.max_model_len // self.page_size)
+        pages = torch.zeros(rows, width, dtype=torch.int32, device=self.device)
         step = Step(starts, torch.zeros_like(starts[1:]), PageTable(pages, self.page_size), max_query, max_query)
         for workspace in self.workspaces.values():
             workspace.prepare(step)
