@@ -33,9 +33,14 @@ class DeviceFacts:
     multiprocessors: int
 
     @property
-    def native_float8(self) -> bool:
-        """Whether the hardware converts e4m3 numbers as they are meant here (CDNA3 has a format of its own)."""
-        return self.target == "gfx950" or target_matches("sm_89+", self.target)
+    def native_float8(self) -> str:
+        """Whose hardware converts e4m3 numbers as they are meant here, "nvidia" or "amd"; "" where it does not.
+
+        CDNA3 has a format of its own.
+        """
+        if target_matches("sm_89+", self.target):
+            return "nvidia"
+        return "amd" if self.target == "gfx950" else ""
 
     @property
     def dependent_launch(self) -> bool:
@@ -71,7 +76,8 @@ class ScheduledWorkspace:
     def __init__(
         self, shape: ScheduleShape, max_rows: int, partial_rows: int, value_size: int, device: torch.device | str
     ) -> None:
-        self.schedule = DeviceSchedule(shape, max_rows, device)
+        dependent = device_facts(str(device)).dependent_launch
+        self.schedule = DeviceSchedule(shape, max_rows, device, dependent)
         self.scratch = Scratch(shape.parts, shape.max_items, partial_rows, value_size, device)
         self.items = shape.max_items
 

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from taut.common_kernels.schedule.triton_kernel import load_item, load_part
+from taut.common_kernels.schedule.triton_kernel import launch_options, load_item, load_part
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from taut.common_kernels.workspace import ScheduledWorkspace
 
+NUMBERS = 2048  # of partials that one program of `merge_items` reads together
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -245,8 +246,8 @@ def merge_items(
         BY_ITEM=by_item,
         HAS_LSE=lse is not None,
         OVERLAPPED=overlapped,
-        num_warps=4,
-        **({"launch_pdl": True} if overlapped else {}),
+        num_warps=2,
+        **launch_options(overlapped),
     )
 
 
@@ -257,5 +258,5 @@ def merge_sizes(parts: int, items: int, value_size: int) -> tuple[int, int, int]
     many columns and rows as a program can hold, so that all programs run at once.
     """
     chunk = min(128, max(2, triton.next_power_of_2(parts // max(items, 1))))
-    columns = min(triton.next_power_of_2(value_size), max(32, 4096 // chunk))
-    return chunk, min(8, max(1, 4096 // (chunk * columns))), columns
+    columns = min(triton.next_power_of_2(value_size), max(32, NUMBERS // chunk))
+    return chunk, min(8, max(1, NUMBERS // (chunk * columns))), columns

@@ -12,8 +12,9 @@ The softmax is the running one of FlashAttention-2 (arXiv 2307.08691), in powers
 What a tile table tells this operation (see `tiles`): facts `rows` (heads times queries that share keys), `rank` (C)
 and `cache_bytes` (of an element); numbers `keys` and `rows` of a tile, `transposed` (0 or 1), `warps`, `stages` of
 the pipeline, `programs` that share a multiprocessor, `share`, the least tiles worth a part of their own, `apart` (0
-or 1), whether the last tile of an item has a loop of its own, so that the others need no masks, and `spare`, the
-tiles that it takes as long to begin another item as to work through.
+or 1), whether the last tile of an item has a loop of its own, so that the others need no masks, `spare`, the tiles
+that it takes as long to begin another item as to work through, and `spread` (0 or 1, may be left out for 0), whether
+the warps share out the scores of a plain tile, where there are more of them than whole rows occupy.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import triton.language as tl
 from taut.common_kernels.float8 import decode
 from taut.common_kernels.merge.triton_kernel import merge_items
 from taut.common_kernels.schedule.reference import ScheduleShape, most_items, parts_that_fit
-from taut.common_kernels.schedule.triton_kernel import load_item, load_part, tiles_of
+from taut.common_kernels.schedule.triton_kernel import launch_options, load_first_item, load_item, load_part, tiles_of
 from taut.common_kernels.step import PageTable, Step
 from taut.common_kernels.tiles import table_for
 from taut.common_kernels.workspace import ScheduledWorkspace, device_facts
@@ -102,6 +103,7 @@ def _attend_tiles(
     CAUSAL: tl.constexpr,
     QUANTISED: tl.constexpr,
     NATIVE: tl.constexpr,
+    SPREAD: tl.constexpr,
     LAST: tl.constexpr,  # whether positions past the end may occur
 ) -> tl.tensor:
     """Attention over the tiles begin <= tile < end of one item: acc, top, total."""
@@ -140,8 +142,17 @@ def _attend_tiles(
                 scores = tl.where(keys_at[:, None] <= position[None, :], scores, float("-inf"))
             new_top = tl.maximum(top, tl.max(scores, 0))
         else:
-            scores = tl.dot(pe, tl.trans(rope))
-            scores = tl.dot(nope, tl.trans(latent), scores) * scale
+            if SPREAD:
+                # Of a product that another one follows, Triton gives every warp whole rows: with more warps than that
+                # needs, they compute the same scores twice. A branch hides the one product from the other. It is always
+                # taken; without a product on its other side, the layout of the weights would be drawn into it.
+                if end_key > 0:
+                    scores = tl.dot(pe, tl.trans(rope)) * scale + tl.dot(nope, tl.trans(latent)) * scale
+                else:
+                    scores = tl.dot(pe, tl.trans(rope)) * scale
+            else:
+                scores = tl.dot(pe, tl.trans(rope))
+                scores = tl.dot(nope, tl.trans(latent), scores) * scale
             if LAST:
                 scores = tl.where((keys_at < end_key)[None, :], scores, float("-inf"))
             if CAUSAL:
@@ -210,16 +221,21 @@ def mla_decode_kernel(
     NATIVE: tl.constexpr,
     HAS_TABLE_ROWS: tl.constexpr,
     HAS_LSE: tl.constexpr,
+    SPREAD: tl.constexpr,  # whether the warps share out a tile's scores, not only its rows
     APART: tl.constexpr,  # whether an item's last tile has a loop of its own
     FAR: tl.constexpr,  # whether the heads of one token lie 2^31 elements apart
-    OVERLAPPED: tl.constexpr,  # whether the merge is launched so that it may start before this kernel has ended
+    OVERLAPPED: tl.constexpr,  # whether this kernel and the merge are launched before the kernel ahead has ended
 ) -> None:
     """One program works through one part for one block of heads; see `mla_decode`."""
     if OVERLAPPED:
-        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()  # only now: the merge reads the schedule without waiting
     # Programs of one part stand side by side, so that they find each other's keys in the L2 cache.
     part = tl.program_id(0) // HEAD_BLOCKS
     head_block = tl.program_id(0) % HEAD_BLOCKS
+    first_item, first_tile, last_item, end_tile, split = load_part(parts, part)
+    row, first_query, queries, first_position, first_key, end_key, splits, first_partial = load_first_item(parts, part)
+    padding_start = tl.load(query_starts + step_rows)  # early, so that nothing waits for it at the end
     row_ids = tl.arange(0, ROWS)
     flat = head_block * ROWS + row_ids  # heads of the item's first query, then of its second, ...
     query, head = flat // HEADS, flat % HEADS
@@ -231,18 +247,7 @@ def mla_decode_kernel(
         stored_scale = tl.load(cache_scale)
         scale = scale * stored_scale
 
-    # Tokens of no row: the padding of a batch.
-    for padding in range(tl.load(query_starts + step_rows) + part, tokens, parts_count):
-        padded = tl.cast(padding, tl.int64) * out_stride_t + head * out_stride_h
-        zeros = tl.zeros([ROWS, LATENT], out.dtype.element_ty)
-        tl.store(out + padded[:, None] + columns[None, :] * out_stride_d, zeros, mask=(flat < HEADS)[:, None])
-        if HAS_LSE:
-            nothing = tl.full([ROWS], float("-inf"), tl.float32)
-            tl.store(lse + tl.cast(padding, tl.int64) * lse_stride_t + head * lse_stride_h, nothing, mask=flat < HEADS)
-
-    first_item, first_tile, last_item, end_tile, split = load_part(parts, part)
     for item in range(first_item, last_item + 1):
-        row, first_query, queries, first_position, first_key, end_key, splits, first_partial = load_item(items, item)
         key_tiles = tl.cdiv(end_key - first_key, KEYS)  # none for an empty row, whose output is written all the same
         begin = tl.where(item == first_item, first_tile, 0)
         end = tl.where(item == last_item, end_tile, tiles_of(queries, first_key, end_key, KEYS))
@@ -301,6 +306,7 @@ def mla_decode_kernel(
                 CAUSAL,
                 QUANTISED,
                 NATIVE,
+                SPREAD,
                 False,
             )
         if rest < end:
@@ -329,6 +335,7 @@ def mla_decode_kernel(
                 CAUSAL,
                 QUANTISED,
                 NATIVE,
+                SPREAD,
                 True,
             )
 
@@ -357,6 +364,18 @@ def mla_decode_kernel(
             else:
                 out_at = out_rows[:, None] + columns[None, :] * out_stride_d
             tl.store(out + first_token * out_stride_t + out_at, acc.to(out.dtype.element_ty), mask=q_here)
+        row, first_query, queries, first_position, first_key, end_key, splits, first_partial = load_item(
+            items, tl.minimum(item + 1, last_item)
+        )
+
+    # Tokens of no row: the padding of a batch.
+    for padding in range(padding_start + part, tokens, parts_count):
+        padded = tl.cast(padding, tl.int64) * out_stride_t + head * out_stride_h
+        zeros = tl.zeros([ROWS, LATENT], out.dtype.element_ty)
+        tl.store(out + padded[:, None] + columns[None, :] * out_stride_d, zeros, mask=(flat < HEADS)[:, None])
+        if HAS_LSE:
+            nothing = tl.full([ROWS], float("-inf"), tl.float32)
+            tl.store(lse + tl.cast(padding, tl.int64) * lse_stride_t + head * lse_stride_h, nothing, mask=flat < HEADS)
 
 
 @dataclass(frozen=True)
@@ -403,7 +422,7 @@ class MlaWorkspace(ScheduledWorkspace):
         max_tokens: the most queries of a step.
         max_query: the most queries of a row; 0 for no bound.
         multiprocessors: of the device.
-        native_float8: whether the device converts e4m3 by itself.
+        native_float8: see `DeviceFacts`.
         overlapped: whether the device can start a kernel before the one ahead of it has ended.
         device: where everything lies.
     """
@@ -416,7 +435,7 @@ class MlaWorkspace(ScheduledWorkspace):
         max_tokens: int,
         max_query: int,
         multiprocessors: int,
-        native_float8: bool,
+        native_float8: str,
         overlapped: bool,
         device: torch.device | str,
     ) -> None:
@@ -569,10 +588,12 @@ def mla_decode(
         NATIVE=workspace.native_float8,
         HAS_TABLE_ROWS=step.pages.rows is not None,
         HAS_LSE=lse is not None,
+        SPREAD=bool(tile.get("spread", 0)),
         APART=bool(tile["apart"]),
         FAR=heads * max(*q_nope.stride(), *q_pe.stride(), *out.stride()) >= 2**31,
         OVERLAPPED=workspace.overlapped,
         num_warps=tile["warps"],
         num_stages=tile["stages"],
+        **launch_options(workspace.overlapped),
     )
     merge_items(workspace, out, lse, cut.block * heads, workspace.overlapped)

@@ -3,7 +3,7 @@
 The query heads that share a key-value head stand together, one below another, so that every key is read once. A
 program goes through its part's work items; an item that lies in one part is written to the output, and of one that is
 split each part leaves its partial output and LSE in scratch. The last of an item's parts merges them, where an item has
-few; where it may have many, `merge_items` does, all over the device.
+few; where it has many, `merge_items` does, all over the device.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from taut.common_kernels.paged_attention.triton_softmax import (
     scale_of_scores,
     sees_any,
 )
-from taut.common_kernels.schedule.triton_kernel import load_item, load_part, tiles_of
+from taut.common_kernels.schedule.triton_kernel import load_first_item, load_item, load_part, tiles_of
 
 
 @triton.jit(do_not_specialize=["tokens", "rows"])
@@ -71,8 +71,8 @@ def decode_kernel(
     GROUP: tl.constexpr,  # query heads of one key-value head
     PACK: tl.constexpr,  # of them, how many share a program
     QUERIES: tl.constexpr,  # the most queries of an item
-    ONE_ITEM: tl.constexpr,  # whether the schedule has one item
     MERGE_CHUNK: tl.constexpr,  # partials read together, where the last part merges
+    DEPENDENT: tl.constexpr,  # whether the kernel ahead may still run when this one starts
     OVERLAPPED: tl.constexpr,  # whether the merge is launched so that it may start before this kernel has ended
     PADDING: tl.constexpr,  # whether queries past the last row are written here
     KEY_HEAD_SCALES: tl.constexpr,  # whether there is a scale for each head
@@ -84,7 +84,8 @@ def decode_kernel(
     PAGE_SIZE: tl.constexpr,
     SAME_STRIDES: tl.constexpr,
     BLOCK_M: tl.constexpr,  # at least QUERIES * PACK
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # keys of a round of the loop
+    TILE: tl.constexpr,  # keys of a tile of the schedule; BLOCK_N is a multiple
     HEAD_MAIN: tl.constexpr,
     HEAD_TAIL: tl.constexpr,
     VALUE_MAIN: tl.constexpr,
@@ -107,13 +108,12 @@ def decode_kernel(
     merge_ours = (merge_lanes // PACK < MERGE_QUERIES) & (merge_group_heads < GROUP)
     kv_head = tl.program_id(0) // PACKS
     part = tl.program_id(1)
-    if OVERLAPPED:
-        tl.extra.cuda.gdc_launch_dependents()
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+    first_item, first_tile, last_item, end_tile, first_split = load_part(parts, part)
+    row, first_query, queries, first_position, first_key, end_key, splits, first_partial = load_first_item(parts, part)
     if PADDING:
         padding_start = tl.load(query_starts + rows)  # early, so that nothing waits for it at the end
-    if ONE_ITEM:  # then the item need not wait for the part to name it
-        row, first_query, queries, first_position, first_key, end_key, splits, first_partial = load_item(items, 0)
-    first_item, first_tile, last_item, end_tile, first_split = load_part(parts, part)
 
     lanes = tl.arange(0, BLOCK_M)
     lane_query = lanes // PACK
@@ -140,16 +140,13 @@ def decode_kernel(
         row_slopes = tl.load(slopes + heads, mask=ours, other=0.0) * LOG2E
 
     for item in range(first_item, last_item + 1):
-        if not ONE_ITEM:
-            row, first_query, queries, first_position, first_key, end_key, splits, first_partial = load_item(
-                items, item
-            )
+        next_item = load_item(items, tl.minimum(item + 1, last_item))  # early, too
         if table_rows is None:
             table_row = table + row.to(tl.int64) * table_stride
         else:
             table_row = table + tl.load(table_rows + row).to(tl.int64) * table_stride
         begin = tl.where(item == first_item, first_tile, 0)
-        end = tl.where(item == last_item, end_tile, tiles_of(queries, first_key, end_key, BLOCK_N))
+        end = tl.where(item == last_item, end_tile, tiles_of(queries, first_key, end_key, TILE))
         here = ours & (lane_query < queries)
         positions = first_position + lane_query
         query_tokens = (first_query + lane_query).to(tl.int64)
@@ -172,15 +169,27 @@ def decode_kernel(
         )
         # All tiles are masked: it costs little beside reading them, and one loop keeps the loads flowing. Two loops,
         # one of them without masks, were slower for every shape of the benchmark.
-        acc, acc_tail, total, top = attend_tiles(
-            acc, acc_tail, total, top, q, q_tail, key_columns, key_tail_columns, value_columns, value_tail_columns,
-            table_row, key_page_stride, key_token_stride, value_page_stride, value_token_stride,
-            tl.maximum(first_key + begin * BLOCK_N, first_seen // BLOCK_N * BLOCK_N),
-            tl.minimum(first_key + end * BLOCK_N, end_seen),
-            first_seen, end_seen, positions, row_slopes, left, right, score_scale, soft_cap * LOG2E,
-            True, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, slopes is not None, True, PAGE_SIZE, SAME_STRIDES, BLOCK_N,
-            HEAD_TAIL, VALUE_TAIL, FLOAT8, NATIVE_FLOAT8, PRECISION, STAGES,
-        )  # fmt: skip
+        start = tl.maximum(first_key + begin * TILE, first_seen // TILE * TILE)
+        stop = tl.minimum(first_key + end * TILE, end_seen)
+        if TILE < BLOCK_N and stop - start <= TILE:  # one round, and nothing to load ahead: it starts sooner
+            acc, acc_tail, total, top = attend_tiles(
+                acc, acc_tail, total, top, q, q_tail, key_columns, key_tail_columns, value_columns, value_tail_columns,
+                table_row, key_page_stride, key_token_stride, value_page_stride, value_token_stride, start, stop,
+                first_seen, stop, positions, row_slopes, left, right, score_scale, soft_cap * LOG2E,
+                True, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, slopes is not None, True, PAGE_SIZE, SAME_STRIDES,
+                TILE, HEAD_TAIL, VALUE_TAIL, FLOAT8, NATIVE_FLOAT8, PRECISION, 1,
+            )  # fmt: skip
+        else:
+            acc, acc_tail, total, top = attend_tiles(
+                acc, acc_tail, total, top, q, q_tail, key_columns, key_tail_columns, value_columns, value_tail_columns,
+                table_row, key_page_stride, key_token_stride, value_page_stride, value_token_stride, start, stop,
+                first_seen, stop, positions, row_slopes, left, right, score_scale, soft_cap * LOG2E,
+                True, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, slopes is not None, True, PAGE_SIZE, SAME_STRIDES,
+                BLOCK_N, HEAD_TAIL, VALUE_TAIL, FLOAT8, NATIVE_FLOAT8, PRECISION, STAGES,
+            )  # fmt: skip
+
+        if OVERLAPPED and item == last_item:  # from the start on, the programs of the merge were in the way of these
+            tl.extra.cuda.gdc_launch_dependents()
 
         factor = tl.full([BLOCK_M], 1.0, tl.float32)
         if sinks is not None:
@@ -244,6 +253,7 @@ def decode_kernel(
             if lse is not None:
                 lses = lse + query_tokens * lse_token_stride + heads * lse_head_stride
                 tl.store(lses, lse_of(total, top), mask=here)
+        row, first_query, queries, first_position, first_key, end_key, splits, first_partial = next_item
 
     if PADDING:
         # Queries past the last row belong to no item: the parts share them out.

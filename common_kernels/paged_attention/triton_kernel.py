@@ -7,9 +7,10 @@ queries fill it. A step whose rows may have many queries launches both, and each
 What a tile table tells (see `tiles`), under `paged_decode` and `paged_prefill`. Facts: `rows` (queries times query
 heads that share keys; prefill: query heads that share keys), `key_bytes` (of one cached key and its value, for one
 head), `element_bytes` (of a query's element) and `float8` (0 or 1). Numbers of both: `rows` and `keys` of a tile,
-`warps`, `stages` of the pipeline. Of decode: `programs` that share a multiprocessor, `share`, the least tiles worth a
-part of their own, and `spare`, the tiles that a part may have more where rows are then not split. Of prefill: `pack`,
-how many heads that share their keys are taken together.
+`warps`, `stages` of the pipeline. Of decode: `cut` (may be left out for `keys`), the keys of a tile of the schedule, of
+which `keys` is a multiple, so that short rows are shared out finer than the kernel's loop goes; `programs` that share a
+multiprocessor; `share`, the least tiles of the schedule worth a part of their own; and `spare`, those that a part may
+have more where rows are then not split. Of prefill: `pack`, how many heads that share their keys are taken together.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from taut.common_kernels.merge.triton_kernel import merge_items
 from taut.common_kernels.paged_attention.triton_decode import decode_kernel
 from taut.common_kernels.paged_attention.triton_prefill import prefill_kernel
 from taut.common_kernels.schedule.reference import ScheduleShape, most_items, parts_that_fit
+from taut.common_kernels.schedule.triton_kernel import launch_options
 from taut.common_kernels.step import PageTable, Step
 from taut.common_kernels.tiles import table_for
 from taut.common_kernels.workspace import ScheduledWorkspace, device_facts
@@ -37,9 +39,6 @@ if TYPE_CHECKING:
     from taut.common_kernels.tiles import Tile, TileTable
 
 DECODE_QUERIES = 16  # rows with more new tokens than this are prefilled
-# With so many work items, most of them split among few parts, the last part to finish merges an item: a launch of its
-# own takes longer. With fewer, the partials of an item are many, and are better merged all over the device.
-LEVEL_ITEMS = 4
 MERGED_BY_LAST = 64 * 1024  # numbers in the most partials of a query that one program merges
 MERGED_AT_ONCE = 8 * 1024  # numbers of them that it reads together
 
@@ -151,10 +150,11 @@ def workspace(
     facts = tile_facts(group, problem.head_size, problem.value_size, dtype, cache_dtype)
     tile, pack, block = decode_cut(table, group, problem.max_query, facts)
     head_blocks = problem.kv_heads * triton.cdiv(group, pack)
+    whole_pages = problem.page_size % tile["keys"] == 0  # then a round of the loop lies in one page, if it begins so
     shape = ScheduleShape(
         parts=parts_that_fit(device_has.multiprocessors, tile["programs"], head_blocks),
         max_items=most_items(max_rows, max_tokens, block, min(problem.max_query or DECODE_QUERIES, DECODE_QUERIES)),
-        tile=tile["keys"],
+        tile=tile["keys"] if whole_pages else tile.get("cut", tile["keys"]),
         block=block,
         left=left,
         right=0 if "non_causal" not in problem.features else -1,
@@ -183,7 +183,7 @@ def warm_up(
     """Compile everything that steps of a model can need, so that nothing compiles while it serves.
 
     Runs steps without keys, of 1, 2, 4, ... rows: the merge and the schedule are compiled for the number of rows, the
-    decode kernel for one row, for few and for many. The caches are not read and not written.
+    decode kernel for few and for many. The caches are not read and not written.
 
     Args:
         problem: the model's.
@@ -229,7 +229,7 @@ def prefill_tile(
     return table.tile("paged_prefill", tile_facts(group, *sizes, *dtypes))
 
 
-def compiled_for(mask: Mask, query: Tensor, value: Tensor, native_float8: bool) -> dict[str, Any]:
+def compiled_for(mask: Mask, query: Tensor, value: Tensor, native_float8: str) -> dict[str, Any]:
     """What both kernels are compiled for: the mask's kinds, head sizes, float8, the precision of products."""
     head_main, head_tail = halves(query.shape[-1])
     value_main, value_tail = halves(value.shape[-1])
@@ -330,7 +330,9 @@ def decode(
     pages = step.pages
     device_has = device_facts(str(query.device))
     # The merge may be launched while the programs of this kernel still run: then it waits for them on the device.
-    merged_by_last = workspace.items >= LEVEL_ITEMS and workspace.arrivals is not None
+    # With an item for every two parts, few items are split, and among few: the last of an item's parts merges it, which
+    # saves a launch. With fewer items, all are split, and are merged sooner all over the device.
+    merged_by_last = 2 * workspace.items > schedule.shape.parts and workspace.arrivals is not None
     overlapped = device_has.dependent_launch and not merged_by_last
     decode_kernel[(kv_heads * triton.cdiv(group, workspace.pack), schedule.shape.parts)](
         query,
@@ -366,8 +368,8 @@ def decode(
         GROUP=group,
         PACK=workspace.pack,
         QUERIES=schedule.shape.block,
-        ONE_ITEM=workspace.items == 1,
         MERGE_CHUNK=workspace.merge_chunk,
+        DEPENDENT=device_has.dependent_launch,
         OVERLAPPED=overlapped,
         PADDING=padding,
         KEY_HEAD_SCALES=key_scale is not None and key_scale.numel() > 1,
@@ -376,10 +378,12 @@ def decode(
         SAME_STRIDES=key_cache.stride() == value_cache.stride(),
         BLOCK_M=tile["rows"],
         BLOCK_N=tile["keys"],
+        TILE=schedule.shape.tile,
         STAGES=tile["stages"],
         **compiled_for(mask, query, value_cache, device_has.native_float8),
         num_warps=tile["warps"],
         num_stages=tile["stages"],
+        **launch_options(device_has.dependent_launch),
     )
     if not merged_by_last:
         merge_items(workspace, out, lse, schedule.shape.block * q_heads, overlapped)

@@ -1,7 +1,9 @@
 """The schedule on the device: one program, one launch per step, nothing read back by the host.
 
-The tables are int32, eight numbers a record, in the order of `reference.Item` and `reference.Part`. Attention kernels
-read them with `load_part` and `load_item`.
+The tables are int32. A record of an item has eight numbers, in the order of `reference.Item`. A record of a part has
+sixteen: those of `reference.Part`, three of no meaning, and those of its first item, so that a program which begins a
+part need not wait twice for memory before it knows where its keys are. Attention kernels read them with `load_part`,
+`load_first_item` and `load_item`.
 """
 
 from __future__ import annotations
@@ -21,14 +23,21 @@ if TYPE_CHECKING:
     from taut.common_kernels.step import Step
 
 RECORD = tl.constexpr(8)
+PART_RECORD = tl.constexpr(16)
 MOST_AT_ONCE = 1024  # items or parts that the one program handles together
 
 
 @triton.jit
 def load_part(parts: tl.tensor, part: tl.tensor) -> tl.tensor:
     """The record of a part: first item, first tile, last item (-1 where idle), end tile, split of the first item."""
-    record = parts + part * RECORD
+    record = parts + part * PART_RECORD
     return tl.load(record), tl.load(record + 1), tl.load(record + 2), tl.load(record + 3), tl.load(record + 4)
+
+
+@triton.jit
+def load_first_item(parts: tl.tensor, part: tl.tensor) -> tl.tensor:
+    """The record of the item that a part begins in, as `load_item` gives it; zeros where the part idles."""
+    return load_item(parts + RECORD, part * (PART_RECORD // RECORD))
 
 
 @triton.jit
@@ -115,6 +124,7 @@ def schedule_kernel(
     parts_out: tl.tensor,
     row_items: tl.tensor,  # [R + 1] scratch: the first item of each row; not used where each row is one item
     item_starts: tl.tensor,  # [items] scratch: the first tile of each item
+    item_parts: tl.tensor,  # [items] scratch: the part that it lies in
     rows: tl.tensor,
     parts: tl.tensor,
     TILE: tl.constexpr,
@@ -128,8 +138,11 @@ def schedule_kernel(
     STEPS: tl.constexpr,  # halvings that reduce the number of items, or of rows, to one
     CHUNK: tl.constexpr,
     PARTS_CHUNK: tl.constexpr,
+    DEPENDENT: tl.constexpr,  # whether the kernel ahead may still run when this one starts
 ) -> None:
     """Fill the tables of a step; see `DeviceSchedule.launch`."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
     lanes = tl.arange(0, CHUNK)
     item_count = rows
     if not ONE_BLOCK:
@@ -194,6 +207,7 @@ def schedule_kernel(
         partials = tl.where(splits > 1, splits, 0)
         first_partial = partials_before + tl.cumsum(partials) - partials
         tl.store(item_starts + item, item_start, mask=here)
+        tl.store(item_parts + item, first_part, mask=here)
         record = items_out + item * RECORD
         tl.store(record, row, mask=here)
         tl.store(record + 1, first_query, mask=here)
@@ -205,24 +219,31 @@ def schedule_kernel(
         tl.store(record + 7, first_partial, mask=here)
         tiles_before += tl.sum(tiles)
         partials_before += tl.sum(partials)
-    tl.debug_barrier()  # the program's other threads read item_starts
+    tl.debug_barrier()  # the program's other threads read item_starts, item_parts and items_out
 
+    # Part p begins at p * total // active; written so that all of it fits into 32 bits.
+    cuts = tl.maximum(active, 1)
+    share, rest = total // cuts, total % cuts
     for start in range(0, parts, PARTS_CHUNK):
         part = start + tl.arange(0, PARTS_CHUNK)
         busy = part < active
-        begin = (part.to(tl.int64) * total // tl.maximum(active, 1)).to(tl.int32)
-        end = ((part.to(tl.int64) + 1) * total // tl.maximum(active, 1)).to(tl.int32)
+        begin = part * share + part * rest // cuts
+        end = (part + 1) * share + (part + 1) * rest // cuts
         first_item = _last_at_most(item_starts, item_count, begin, STEPS)
         last_item = _last_at_most(item_starts, item_count, end - 1, STEPS)
         first_start = tl.load(item_starts + first_item, mask=busy, other=0)
         last_start = tl.load(item_starts + last_item, mask=busy, other=0)
         here = part < parts
-        record = parts_out + part * RECORD
+        record = parts_out + part * PART_RECORD
         tl.store(record, tl.where(busy, first_item, 0), mask=here)
         tl.store(record + 1, tl.where(busy, begin - first_start, 0), mask=here)
         tl.store(record + 2, tl.where(busy, last_item, -1), mask=here)
         tl.store(record + 3, tl.where(busy, end - last_start, 0), mask=here)
-        tl.store(record + 4, tl.where(busy, part - _part_of_tile(first_start, divisor, active), 0), mask=here)
+        first_part = tl.load(item_parts + first_item, mask=busy, other=0)
+        tl.store(record + 4, tl.where(busy, part - first_part, 0), mask=here)
+        for field in tl.static_range(RECORD):
+            number = tl.load(items_out + first_item * RECORD + field, mask=busy, other=0)
+            tl.store(record + RECORD + field, number, mask=here)
 
 
 class DeviceSchedule:
@@ -232,24 +253,28 @@ class DeviceSchedule:
         shape: what does not change from step to step.
         max_rows: the most rows of a step.
         device: where the tables lie.
+        dependent: whether the device can start a kernel before the one ahead of it has ended (NVIDIA, sm_90+).
 
     Attributes:
         items: [shape.max_items, 8] int32, see `reference.Item`; those past the step's own hold nothing.
-        parts: [shape.parts, 8] int32, see `reference.Part`.
+        parts: [shape.parts, 16] int32: see `reference.Part`, and from the ninth number on the part's first item.
     """
 
-    def __init__(self, shape: ScheduleShape, max_rows: int, device: torch.device | str) -> None:
+    def __init__(
+        self, shape: ScheduleShape, max_rows: int, device: torch.device | str, dependent: bool = False
+    ) -> None:
         self.shape = shape
         self.max_rows = max_rows
+        self.dependent = dependent
         self.items: Tensor = torch.zeros(shape.max_items, RECORD.value, dtype=torch.int32, device=device)
-        self.parts: Tensor = torch.zeros(shape.parts, RECORD.value, dtype=torch.int32, device=device)
+        self.parts: Tensor = torch.zeros(shape.parts, PART_RECORD.value, dtype=torch.int32, device=device)
         self._row_items = torch.zeros(max_rows + 1, dtype=torch.int32, device=device)
-        self._item_starts = torch.zeros(shape.max_items, dtype=torch.int32, device=device)
+        self._item_starts, self._item_parts = torch.zeros(2, shape.max_items, dtype=torch.int32, device=device)
 
     @property
     def size_in_bytes(self) -> int:
         """Device memory that the tables hold."""
-        return sum(t.nbytes for t in (self.items, self.parts, self._row_items, self._item_starts))
+        return sum(t.nbytes for t in (self.items, self.parts, self._row_items, self._item_starts, self._item_parts))
 
     def launch(self, step: Step) -> int:
         """Fill the tables for a step, in one launch; no host-device sync, safe to capture in a graph.
@@ -270,6 +295,7 @@ class DeviceSchedule:
             self.parts,
             self._row_items,
             self._item_starts,
+            self._item_parts,
             rows,
             shape.parts,
             TILE=shape.tile,
@@ -283,9 +309,20 @@ class DeviceSchedule:
             STEPS=steps,
             CHUNK=chunk,
             PARTS_CHUNK=min(MOST_AT_ONCE, triton.next_power_of_2(shape.parts)),
+            DEPENDENT=self.dependent,
             num_warps=8,
+            **launch_options(self.dependent),
         )
         return items
+
+
+def launch_options(dependent: bool) -> dict[str, bool]:
+    """Options of a launch: where the device can, a kernel is launched before the one ahead of it has ended, and waits.
+
+    That hides the time of the launch. Such a kernel waits before it reads or writes anything, so that its own end means
+    the end of everything before it.
+    """
+    return {"launch_pdl": True} if dependent else {}
 
 
 def launch_sizes(items: int) -> tuple[int, int]:

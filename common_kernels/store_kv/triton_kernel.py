@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from taut.common_kernels.float8 import encode
+from taut.common_kernels.workspace import device_facts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,8 +77,11 @@ def store_kernel(
     QUANTISE: tl.constexpr,
     FIRST_SCALES: tl.constexpr,
     SECOND_SCALES: tl.constexpr,
+    OVERLAPPED: tl.constexpr,  # whether attention may be launched before this kernel has ended: it waits by itself
 ) -> None:
     """One program stores both vectors of one token, unless its slot is negative."""
+    if OVERLAPPED:
+        tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token * slot_stride).to(tl.int64)
     if slot >= 0:
@@ -147,6 +151,7 @@ def store_kv(
         QUANTISE=quantise,
         FIRST_SCALES=_scales(key_scale),
         SECOND_SCALES=_scales(value_scale),
+        OVERLAPPED=device_facts(str(key.device)).dependent_launch,
         num_warps=4,
     )
 

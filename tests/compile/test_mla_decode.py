@@ -9,6 +9,7 @@ import torch
 
 from compile.launches import TARGETS, Recorder, compile_for, facts_of
 from taut.common_kernels import portable
+from taut.common_kernels import workspace as workspaces
 from taut.common_kernels.merge import triton_kernel as merge
 from taut.common_kernels.mla_decode import triton_kernel as mla
 from taut.common_kernels.problem import Problem
@@ -46,7 +47,8 @@ def launches(
     recorders = {name: Recorder(getattr(module, name)) for name, module in MODULES.items()}
     for name, module in MODULES.items():
         monkeypatch.setattr(module, name, recorders[name])
-    monkeypatch.setattr(mla, "device_facts", lambda _: facts_of(target))
+    for module in (mla, store, workspaces):
+        monkeypatch.setattr(module, "device_facts", lambda _: facts_of(target))
     rows, tokens = 3, 3 * max_query
     problem = Problem("mla_decode", target, "bfloat16", cache_dtype, heads, 1, 576, 512, page_size, max_query)
     step = Step(
@@ -83,3 +85,25 @@ def test_pages_of_one_token(monkeypatch: pytest.MonkeyPatch, target: str) -> Non
 def test_the_others_fit(monkeypatch: pytest.MonkeyPatch, target: str, kernel: str) -> None:
     made = launches(monkeypatch, target, 128, cache_dtype="float8_e4m3fn")
     compile_for(*made[kernel], target)
+
+
+@pytest.mark.parametrize("kernel", ["mla_decode_kernel", "merge_items_kernel", "schedule_kernel"])
+@pytest.mark.parametrize(("target", "dependent"), [("sm_80", False), ("sm_90", True)])
+def test_what_is_launched_early_waits(
+    monkeypatch: pytest.MonkeyPatch, target: str, dependent: bool, kernel: str
+) -> None:
+    made = launches(monkeypatch, target, 128)[kernel]
+    assert ("griddepcontrol.wait" in compile_for(*made, target).asm["ptx"]) == dependent
+    assert made[1].get("launch_pdl", False) == dependent
+
+
+def test_the_warps_of_hopper_share_out_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 rows occupy one group of four warps: the other one must not compute the same scores again."""
+    kernel, launch = launches(monkeypatch, "sm_90", 128)["mla_decode_kernel"]
+
+    def products(spread: bool) -> int:
+        ptx = compile_for(kernel, launch | {"SPREAD": spread}, "sm_90").asm["ptx"]
+        return sum("wgmma.mma_async" in line for line in ptx.splitlines())
+
+    assert launch["SPREAD"]
+    assert products(spread=True) < 0.7 * products(spread=False)

@@ -17,6 +17,7 @@ FEATURES = {"mask": Mask(left=4096, soft_cap=30.0), "sinks": True, "alibi": True
 # Of each kind the largest: what is not here has the same tile and needs less.
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
+    "one row": {"rows": 1, "max_query": 1},
     "many heads": {"group": 64, "page_size": 1},
     "192 and 128": {"head_size": 192},
     "256, all features": {"head_size": 256, "value_size": 256, **FEATURES},
@@ -29,6 +30,8 @@ def launches(
     monkeypatch: pytest.MonkeyPatch,
     target: str,
     *,
+    rows: int = 3,
+    max_query: int = 0,
     group: int = 4,
     page_size: int = 16,
     head_size: int = 128,
@@ -40,7 +43,7 @@ def launches(
     alibi: bool = False,
     lse: bool = False,
 ) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """The launches of a mixed batch: kernel and arguments of "decode" and "prefill"."""
+    """The launches of a batch, mixed unless `max_query` bounds it: kernel and arguments of "decode" and "prefill"."""
     decode, prefill = Recorder(triton_kernel.decode_kernel), Recorder(triton_kernel.prefill_kernel)
     for name, value in {
         "decode_kernel": decode,
@@ -51,7 +54,7 @@ def launches(
         monkeypatch.setattr(triton_kernel, name, value)
     triton_kernel.prefill_tile.cache_clear()
 
-    kv_heads, rows, tokens = 2, 3, 40
+    kv_heads, tokens = 2, rows * max_query or 40
     q_heads = kv_heads * group
     problem = Problem(
         "paged_attention",
@@ -63,13 +66,14 @@ def launches(
         head_size,
         value_size,
         page_size,
+        max_query,
     )
     numbers, cached = getattr(torch, dtype), getattr(torch, cache_dtype or dtype)
     step = Step(
         torch.zeros(rows + 1, dtype=torch.int32),
         torch.zeros(rows, dtype=torch.int32),
         PageTable(torch.zeros(rows, 64, dtype=torch.int32), page_size),
-        max_query=100,
+        max_query=max_query or 100,
         max_length=1000,
     )
     scales = {}
@@ -94,17 +98,31 @@ def launches(
         for launch in recorder.launches:
             if dtype == "float32" and target.startswith("sm_"):
                 launch["PRECISION"] = "tf32x3"  # which only a CUDA tensor asks for
-    return {"decode": (decode.kernel, decode.launches[0]), "prefill": (prefill.kernel, prefill.launches[0])}
+    recorders = {"decode": decode, "prefill": prefill}
+    return {name: (recorder.kernel, recorder.launches[0]) for name, recorder in recorders.items() if recorder.launches}
+
+
+NO_PREFILL = ("many heads", "one row")
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     ("case", "which"),
-    [(case, which) for case in CASES for which in ("decode", "prefill") if (case, which) != ("many heads", "prefill")],
+    [(case, which) for case in CASES for which in ("decode", "prefill") if which == "decode" or case not in NO_PREFILL],
 )
 def test_compiles(monkeypatch: pytest.MonkeyPatch, target: str, which: str, case: str) -> None:
     kernel, launch = launches(monkeypatch, target, **CASES[case])[which]
     compile_for(kernel, launch, target)
+
+
+@pytest.mark.parametrize(("target", "dependent"), [("sm_80", False), ("sm_90", True)])
+def test_what_is_launched_early_waits_first(monkeypatch: pytest.MonkeyPatch, target: str, dependent: bool) -> None:
+    """Before it reads anything; and the merge is let in only after that, since it reads the schedule at once."""
+    kernel, launch = launches(monkeypatch, target, **CASES["one row"])["decode"]
+    ptx = compile_for(kernel, launch, target).asm["ptx"]
+    wait, let_in, load = (ptx.find(word) for word in ("griddepcontrol.wait", "griddepcontrol.launch", "ld.global"))
+    assert (0 < wait < min(let_in, load)) if dependent else wait == let_in == -1
+    assert launch.get("launch_pdl", False) == dependent
 
 
 def test_hopper_uses_its_matrix_instructions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,3 +79,5 @@ def test_schedule_equals_its_twin(rows: int, max_query: int, parts: int) -> None
     expected = schedule(shape, lengths.tolist(), starts)
     assert [Part(*record[:5]) for record in made.parts.tolist()] == expected.parts
     assert made.items[: len(expected.items), :7].tolist() == [list(item[:7]) for item in expected.items]
+    first = [made.items[part.first_item].tolist() for part in expected.parts if part.last_item >= 0]
+    assert made.parts[: len(first), 8:].tolist() == first

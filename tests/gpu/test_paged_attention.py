@@ -135,6 +135,50 @@ def test_a_captured_graph_replayed_with_other_lengths(queries: int) -> None:
         torch.testing.assert_close(lse, right_lse, rtol=1e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("rows", [1, 8, 64])
+def test_attention_waits_for_what_was_stored(rows: int) -> None:
+    """Schedule, store and attention one after another, many times: each is launched before the last has ended."""
+    page, context, q_heads, kv_heads, size, repeats = 16, 600, 32, 8, 128, 50
+    pages = math.ceil(context / page)
+    caches = [torch.zeros(rows * pages, page, kv_heads, size, device=DEVICE).bfloat16() for _ in range(2)]
+    table = torch.randperm(rows * pages, device=DEVICE).view(rows, pages).int()
+    new = [torch.randn(repeats, rows, kv_heads, size, device=DEVICE).bfloat16() for _ in range(2)]
+    query = torch.randn(rows, q_heads, size, device=DEVICE).bfloat16()
+    places = torch.arange(repeats, device=DEVICE) + context - repeats
+    slots = (table[:, places // page] * page + places % page).T.contiguous()  # [repeats, rows]
+    lengths = torch.zeros(rows, dtype=torch.int32, device=DEVICE)
+    starts = torch.arange(rows + 1, dtype=torch.int32, device=DEVICE)
+    step = Step(starts, lengths, PageTable(table, page), 1, context)
+    outs = torch.full((repeats, rows, q_heads, size), math.nan, dtype=torch.bfloat16, device=DEVICE)
+    target = target_of(torch.device(DEVICE))
+    problem = Problem("paged_attention", target, "bfloat16", "bfloat16", q_heads, kv_heads, size, size, page, 1)
+    workspace = portable.workspace(problem, rows, rows, DEVICE)
+
+    def run() -> None:
+        for i in range(repeats):
+            lengths.fill_(context - repeats + i + 1)
+            workspace.prepare(step)
+            portable.store_kv(new[0][i], new[1][i], *caches, slots[i])
+            portable.paged_attention(query, *caches, step, Mask(), outs[i], scale=0.09, workspace=workspace)
+
+    run()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for cache in caches:
+        cache.normal_()
+    kept = [cache.clone() for cache in caches]
+    outs.fill_(math.nan)
+    graph.replay()
+    right = torch.empty_like(outs[0])
+    for i in range(repeats):
+        lengths.fill_(context - repeats + i + 1)
+        reference.store_kv(new[0][i], new[1][i], *kept, slots[i])
+        reference.paged_attention(query, *kept, step, Mask(), right, scale=0.09)
+        assert relative_error(outs[i].cpu(), right.cpu()) < 1e-2
+
+
 @pytest.mark.parametrize("queries", [1, 100])
 def test_offsets_beyond_two_to_the_31(queries: int) -> None:
     """The pages that are used lie past 2^32 elements of the cache."""

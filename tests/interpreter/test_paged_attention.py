@@ -35,7 +35,7 @@ BATCH: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The provider with small tiles, so that rows are split and tiles are of every kind."""
-    decode = {"rows": 16, "keys": 16, "warps": 4, "stages": 1, "programs": 4, "share": 1, "spare": 2}
+    decode = {"rows": 16, "keys": 32, "cut": 16, "warps": 4, "stages": 1, "programs": 4, "share": 1, "spare": 2}
     prefill = {"rows": 16, "keys": 16, "pack": 2, "warps": 4, "stages": 1}
     table = {"about": "", "vendor": "nvidia", "targets": [], "shared_memory": 0}
     operations = {"paged_decode": [{"when": {}, "tile": decode}], "paged_prefill": [{"when": {}, "tile": prefill}]}

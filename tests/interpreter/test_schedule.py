@@ -55,6 +55,9 @@ def test_equals_its_twin(
     assert [Part(*record[:5]) for record in device.parts.tolist()] == expected.parts
     items = [Item(*record) for record in device.items[: len(expected.items)].tolist()]
     assert [_meaning(item) for item in items] == [_meaning(item) for item in expected.items]
+    for part, record in zip(expected.parts, device.parts.tolist(), strict=True):
+        first = items[part.first_item] if part.last_item >= 0 else Item(*[0] * 8)
+        assert Item(*record[8:]) == first  # each part brings its first item along
 
 
 def _meaning(item: Item) -> Item:
