@@ -50,7 +50,9 @@ def builder(implementation: dense.TautImplementation, monkeypatch: pytest.Monkey
     held = SimpleNamespace(impl=implementation, _k_scale=torch.ones(()), _v_scale=torch.ones(()))
     monkeypatch.setattr(dense.bridge, "layers", lambda _config, _names: [held])
     config = SimpleNamespace(
-        scheduler_config=SimpleNamespace(max_num_seqs=8, max_num_batched_tokens=64), speculative_config=None
+        scheduler_config=SimpleNamespace(max_num_seqs=8, max_num_batched_tokens=64),
+        speculative_config=None,
+        model_config=SimpleNamespace(max_model_len=100),
     )
     spec = SimpleNamespace(block_size=PAGE, head_size=SIZE)
     return dense.TautMetadataBuilder(spec, ["layer"], config, torch.device("cpu"))
