@@ -45,7 +45,17 @@ def test_the_table_made_for_a_target_comes_first() -> None:
 def test_every_problem_finds_a_tile(table: TileTable) -> None:
     for rows, rank, cache_bytes in product((1, 16, 17, 32, 33, 64, 128), (128, 256, 512), (1, 2)):
         tile = table.tile("mla_decode", {"rows": rows, "rank": rank, "cache_bytes": cache_bytes})
-        assert set(tile) == {"keys", "rows", "transposed", "warps", "stages", "programs", "share", "spare", "apart"}
+        assert set(tile) - {"spread"} == {
+            "keys",
+            "rows",
+            "transposed",
+            "warps",
+            "stages",
+            "programs",
+            "share",
+            "spare",
+            "apart",
+        }
 
 
 def test_no_table_fits() -> None:
