@@ -6,11 +6,12 @@ The demo and the integration tests start it with `TAUT_ATTENTION` set as they ne
 process's standard error, and that is where the proof of who served stands.
 
 REQUEST holds `model` (a folder), one of `prompts` (texts), `chats` (questions for the model's chat template) or
-`prompt_ids` (lists of tokens), `tokens` (how many to generate, greedily), `ignore_eos`, `score` (whether to judge the
-prompts) and `engine` (further arguments of vLLM's `LLM`). RESULT holds `texts`, `token_ids` and `cached_tokens` (prompt
-tokens found in the prefix cache) of each prompt, the `seconds` of them all, the `preemptions` the scheduler counted
-(None where vLLM keeps no statistics), the `pid` of this process, and with `score` the `logprobs` of each prompt's
-tokens after its first.
+`prompt_ids` (lists of tokens), `tokens` (how many to generate, greedily), `ignore_eos`, `score` (how many of the
+prompts to judge, from the first on) and `engine` (further arguments of vLLM's `LLM`). RESULT holds `texts`, `token_ids`
+and `cached_tokens` (prompt tokens found in the prefix cache) of each prompt, the `seconds` of them all, the
+`preemptions` the scheduler counted (None where vLLM keeps no statistics), the `pid` of this process, and with `score`
+the `logprobs` of each prompt's tokens after its first, and `best_logprobs`: of the tokens that the model would
+have taken in their places.
 """
 
 from __future__ import annotations
@@ -44,9 +45,10 @@ def generate(request: dict[str, Any]) -> dict[str, Any]:
     }
     if request.get("score"):
         judged = engine.generate(
-            prompts, SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0), use_tqdm=False
+            prompts[: request["score"]], SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1), use_tqdm=False
         )
         answer["logprobs"] = [_own_logprobs(result) for result in judged]
+        answer["best_logprobs"] = [_best_logprobs(result) for result in judged]
     return answer
 
 
@@ -54,6 +56,11 @@ def _own_logprobs(result: Any) -> list[float]:
     """The log-probability that the model gave each token of a prompt, its first token left out."""
     pairs = zip(result.prompt_token_ids[1:], result.prompt_logprobs[1:], strict=True)
     return [candidates[token].logprob for token, candidates in pairs]
+
+
+def _best_logprobs(result: Any) -> list[float]:
+    """The highest log-probability of any token in each place of a prompt, its first left out."""
+    return [max(candidate.logprob for candidate in candidates.values()) for candidates in result.prompt_logprobs[1:]]
 
 
 def _prompts(request: dict[str, Any], engine: Any) -> list[Any]:

@@ -47,7 +47,13 @@ def generate(model: Path, attention: str | None, **engine: Any) -> Run:
         "max_model_len": 1024, "dtype": "bfloat16", "skip_tokenizer_init": True, "gpu_memory_utilization": 0.3,
         "max_num_batched_tokens": 512, "enforce_eager": True, "enable_prefix_caching": False,
     }  # fmt: skip
-    request = {"model": str(model), "prompt_ids": PROMPTS, "tokens": TOKENS, "score": True, "engine": usual | engine}
+    request = {
+        "model": str(model),
+        "prompt_ids": PROMPTS,
+        "tokens": TOKENS,
+        "score": len(PROMPTS),
+        "engine": usual | engine,
+    }
     return run_engine(request, attention, {"TAUT_LOG": "debug"})
 
 
