@@ -72,7 +72,38 @@ TRITON = KernelProvider(
 )
 
 
+def _load_hopper() -> Kernels:
+    from taut.common_kernels import hopper
+
+    return cast("Kernels", hopper)  # it has what its capabilities name
+
+
+def _missing_of_gluon() -> Sequence[str]:
+    from taut.common_kernels.gluon_features import missing
+
+    return missing()
+
+
+SM_90 = ("sm_90",)
+
+HOPPER = KernelProvider(
+    name="hopper",
+    summary="Gluon kernels for NVIDIA Hopper (sm_90); not proved on a GPU yet, so only where asked for by name",
+    priority=20,
+    capabilities=(
+        Capability("ragged_attention", SM_90, NUMBERS, NUMBERS, head_sizes=DENSE_SIZES, value_sizes=DENSE_SIZES),
+        Capability("store_kv", SM_90, NUMBERS, NUMBERS | FLOAT8),
+        Capability("store_mla_kv", SM_90, NUMBERS, NUMBERS | FLOAT8),
+        Capability("merge", SM_90, NUMBERS),
+    ),
+    load=_load_hopper,
+    requires=("torch", "triton"),
+    automatic_on=(),
+    probe=_missing_of_gluon,
+)
+
+
 @hookimpl
 def taut_kernels() -> Sequence[KernelProvider]:
     """The built-in providers."""
-    return [TRITON, REFERENCE]
+    return [HOPPER, TRITON, REFERENCE]

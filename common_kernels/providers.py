@@ -57,6 +57,8 @@ class KernelProvider:
         automatic_on: the targets on which an automatic choice may take it, patterns as in `Capability.targets`;
             elsewhere it must be asked for by name.
         graphs: whether its operations can be captured in a CUDA graph and replayed with other lengths.
+        probe: looks at what is installed, and gives every reason against it as a sentence; called once, and only where
+            nothing else is against it, so that no process imports in vain what the probe does.
     """
 
     name: str
@@ -67,6 +69,11 @@ class KernelProvider:
     requires: tuple[str, ...] = ()
     automatic_on: tuple[str, ...] = ("any",)
     graphs: bool = True
+    probe: Callable[[], Sequence[str]] = tuple
+
+    @cached_property
+    def _probed(self) -> tuple[str, ...]:
+        return tuple(self.probe())
 
     @cached_property
     def kernels(self) -> Kernels:
@@ -86,7 +93,7 @@ class KernelProvider:
         per_capability = [c.refusals(problem) for c in self.capabilities if c.operation == problem.operation]
         if not per_capability:
             return [f"does not provide {problem.operation}"]
-        return min(per_capability, key=len)
+        return min(per_capability, key=len) or list(self._probed)
 
 
 class HookSpecs:

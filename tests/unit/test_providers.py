@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pluggy
 import pytest
 
-from taut.common_kernels import builtin
+from taut.common_kernels import builtin, gluon_features
 from taut.common_kernels.problem import OPERATIONS, Capability, Problem
 from taut.common_kernels.providers import (
     GROUP,
@@ -252,6 +252,48 @@ def test_a_missing_module_is_a_reason(module: str) -> None:
     assert reason.startswith(f"needs {module}, which this environment lacks")
     with pytest.raises(ProviderError, match="which this environment lacks"):
         registry.choose(PROBLEM, "needy")
+
+
+def test_a_probe_is_asked_once_and_last() -> None:
+    asked = []
+
+    def probe() -> list[str]:
+        asked.append(1)
+        return ["this environment lacks a warp"]
+
+    gpu_only = (Capability("paged_attention", ("sm_90",)),)
+    registry = registry_of(plugin(provider("fine", 9, capabilities=gpu_only, probe=probe), provider("plain")))
+    assert registry.choose(PROBLEM).provider.name == "plain"
+    assert not asked  # another target: nothing is imported to look
+    for page_size in (1, 2):
+        choice = registry.choose(replace(PROBLEM, target="sm_90", page_size=page_size))
+        assert choice.provider.name == "plain"
+        assert choice.reasons["fine"] == ("this environment lacks a warp",)
+    assert asked == [1]
+
+
+def test_hopper_is_only_taken_by_name() -> None:
+    registry = default_registry(points=[])
+    problem = Problem("merge", "sm_90", "bfloat16", "bfloat16", 8, 8, 128, 128, 0)
+    assert registry.choose(problem).provider is builtin.TRITON
+    assert "TAUT_KERNELS=hopper" in registry.choose(problem).reasons["hopper"][0]
+    assert registry.choose(problem, "hopper").provider is builtin.HOPPER
+
+
+def test_every_capability_of_a_provider_has_its_operation() -> None:
+    for one in default_registry(points=[]).providers:
+        for operation in {capability.operation for capability in one.capabilities}:
+            assert callable(getattr(one.kernels, operation)), f"{one.name}.{operation}"
+
+
+@pytest.mark.parametrize("name", ["json", "no_such_module"])
+def test_what_a_triton_lacks_of_gluon_is_said(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(
+        gluon_features, "NEEDED", {"json": ("loads", ("new", "dumps")), name: ("gone", ("older", "old"))}
+    )
+    reasons = gluon_features.missing()
+    assert reasons
+    assert all("this environment's triton has no" in reason and name in reason for reason in reasons)
 
 
 # The hook that decides

@@ -1,0 +1,78 @@
+"""What kernels in Gluon need of the installed Triton, found by looking: Gluon moves from release to release.
+
+Gluon is Triton's lower language (`triton.experimental.gluon`): layouts, shared memory, barriers and warps are the
+kernel's own. Some names have changed; `first_of` gives the one that is there. Where something is missing altogether,
+`missing` says what, and the provider that needs it is passed over.
+
+Importing this module imports nothing of triton.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+GLUON = "triton.experimental.gluon"
+LANGUAGE = f"{GLUON}.language"
+HOPPER = f"{LANGUAGE}.nvidia.hopper"
+
+# Names that changed; the newest first, since a release may keep the old one only to say that it is gone.
+TMA_LOADS = ("async_load", "async_copy_global_to_shared")
+THREAD_BARRIERS = ("barrier", "thread_barrier")
+
+# For each module what it must have; of a tuple, one name.
+NEEDED: dict[str, tuple[str | tuple[str, ...], ...]] = {
+    GLUON: ("jit", "constexpr_function"),
+    LANGUAGE: (
+        "BlockedLayout",
+        "DotOperandLayout",
+        "NVMMADistributedLayout",
+        "NVMMASharedLayout",
+        "SliceLayout",
+        "SwizzledSharedLayout",
+        "allocate_shared_memory",
+        "convert_layout",
+        "inline_asm_elementwise",
+        "shared_memory_descriptor",
+        "warp_specialize",
+        THREAD_BARRIERS,
+    ),
+    HOPPER: ("fence_async_shared", "warpgroup_mma", "warpgroup_mma_init", "warpgroup_mma_wait"),
+    f"{HOPPER}.mbarrier": ("MBarrierLayout", "arrive", "expect", "init", "invalidate", "wait"),
+    f"{HOPPER}.tma": (TMA_LOADS,),
+    f"{LANGUAGE}.nvidia.ampere.async_copy": (
+        "async_copy_global_to_shared",
+        "commit_group",
+        "mbarrier_arrive",
+        "wait_group",
+    ),
+    f"{GLUON}.nvidia.hopper": ("TensorDescriptor",),
+}
+
+
+def first_of(module: Any, names: tuple[str, ...]) -> Any:
+    """The attribute of a module that the first of these names has which is there.
+
+    Raises:
+        AttributeError: none is.
+    """
+    for name in names:
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise AttributeError(f"{module.__name__} has none of {', '.join(names)}")
+
+
+def missing() -> list[str]:
+    """What this environment's Triton lacks of Gluon, as sentences; empty where nothing is missing."""
+    reasons = []
+    for path, needed in NEEDED.items():
+        try:
+            module = importlib.import_module(path)
+        except Exception as error:  # an experimental module may fail in ways of its own
+            reasons.append(f"this environment's triton has no {path} ({type(error).__name__}: {error})")
+            continue
+        for one in needed:
+            names = (one,) if isinstance(one, str) else one
+            if not any(hasattr(module, name) for name in names):
+                reasons.append(f"this environment's triton has no {path}.{' or '.join(names)}")
+    return reasons
