@@ -1,0 +1,117 @@
+"""vLLM on a GPU through our attention, everything at once, judged by vLLM with its own (see `vllm_runs`)."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="needs vLLM beside a GPU")
+transformers = pytest.importorskip("transformers")
+
+from integration.engine import MODEL  # noqa: E402
+
+from benchmarks.engines import MODELS  # noqa: E402
+from gpu.vllm_runs import Asked, Scale, Verdict, figures, judge  # noqa: E402
+
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+COMPILED = re.compile(r"during inference: (\S+?)[.( ]")
+KERNELS = Path(__file__).resolve().parents[2] / "common_kernels"
+OTHER = {"smollm2": "TRITON_ATTN", "llama": "TRITON_ATTN", "deepseek": "TRITON_MLA"}
+SCALE = Scale(
+    requests=200, longest=1500, shared=300, tokens=64, judged=24, vocabulary=31999,
+    engine={
+        # Given, not measured: several processes share the GPU.
+        "kv_cache_memory_bytes": 4 << 30, "num_gpu_blocks_override": 700, "block_size": 64, "max_num_seqs": 256,
+        "compilation_config": {
+            "mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY",
+            "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 192, 256],
+        },
+    },
+)  # fmt: skip
+# Waits and compilations that are found end the run; its log-probabilities of prompts would wait by themselves.
+STRICT = Asked("on", environment={"VLLM_GPU_SYNC_CHECK": "error"}, score=False)
+
+
+def made_up(folder: Path, shape: dict[str, Any]) -> Path:
+    """A model of this shape with random weights large enough that attention decides what comes out."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(**shape, initializer_range=0.03)
+    with torch.device("cuda"):
+        network = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    network.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(shape))
+    return folder
+
+
+@pytest.fixture(scope="module", params=["smollm2", "llama", "deepseek"])
+def verdicts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Verdict]:
+    """All runs of one model, judged."""
+    name = request.param
+    if name == "smollm2":
+        if not (MODEL / "config.json").exists():
+            pytest.skip("needs the small real model: make model")
+        model = MODEL
+    else:
+        model = made_up(tmp_path_factory.mktemp(name), MODELS[name])
+    fp8 = {"kv_cache_dtype": "fp8"}
+    asked = {
+        "stock": Asked("off"),
+        "other stock": Asked("off", {"attention_backend": OTHER[name]}),
+        "taut": Asked("on"),
+        "taut, own flag": Asked(None, {"attention_backend": "CUSTOM"}),
+        "taut, strict": STRICT,
+        "taut, drafts": Asked("auto", {"speculative_config": DRAFTS}, score=False),
+        "stock, fp8": Asked("off", fp8),
+        "taut, fp8": Asked("on", fp8),
+    }
+    if torch.cuda.device_count() > 1:
+        asked["taut, two GPUs"] = Asked(
+            "on", {"tensor_parallel_size": 2}, {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}, score=True
+        )
+    found = judge(model, asked, SCALE)
+    print(name, figures(found))  # noqa: T201 - for whoever runs this with -s
+    return found
+
+
+def test_who_served(verdicts: dict[str, Verdict]) -> None:
+    for name, verdict in verdicts.items():
+        assert bool(verdict.run.proof) == name.startswith("taut"), name
+
+
+def test_everything_happened(verdicts: dict[str, Verdict]) -> None:
+    """Rows were preempted, beginnings were found in the cache, and every request got all its tokens."""
+    for name, verdict in verdicts.items():
+        result = verdict.run.result
+        assert result["preemptions"] > 0, name
+        assert sum(result["cached_tokens"]) > 0, name
+        assert [len(tokens) for tokens in result["token_ids"]] == [SCALE.tokens] * SCALE.requests, name
+
+
+def test_prompts_as_near_as_another_stock_backend(verdicts: dict[str, Verdict]) -> None:
+    apart = verdicts["other stock"].prefill
+    for name, verdict in verdicts.items():
+        if name.startswith("taut") and verdict.prefill == verdict.prefill:
+            allowed = verdicts["stock, fp8"].prefill if "fp8" in name else apart
+            assert verdict.prefill <= 1.5 * allowed + 1e-3, name
+
+
+def test_generated_tokens_as_near_as_stock(verdicts: dict[str, Verdict]) -> None:
+    for name, verdict in verdicts.items():
+        if name.startswith("taut"):
+            stock = "stock, fp8" if "fp8" in name else "other stock"
+            assert verdict.decode <= 2 * verdicts[stock].decode + 1e-2, name
+
+
+def test_nothing_of_ours_compiles_while_serving(verdicts: dict[str, Verdict]) -> None:
+    ours = {
+        name for file in KERNELS.rglob("*.py") for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.M)
+    }
+    assert ours
+    for name, verdict in verdicts.items():
+        compiled = set(COMPILED.findall(verdict.run.log))
+        assert not compiled & ours, name

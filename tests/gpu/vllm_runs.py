@@ -1,0 +1,158 @@
+"""Runs of vLLM on a GPU over two hundred requests at once, and how they are judged.
+
+Every run of a model gets the same requests: random lengths, every third with a beginning that others share, chunked
+prefill, prefix caching, CUDA graphs, and a cache that is too small for them all, so that some are preempted. The runs
+are processes that share the GPU, each with a cache of a size given in advance.
+
+Two right kernels differ in the last bits of bfloat16, and a greedy text from there on, so texts are not held against
+each other. A last run, the judge, is vLLM with its own attention: it gives each prompt's tokens their log-probability,
+which each run's own are held against (prefill), and says of each generated token how far it lies behind the one that it
+would have taken itself (decode).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from taut.cli.demo import Run, run_engine
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+AT_ONCE = 6  # processes that share the GPU
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is asked of each run.
+
+    Args:
+        requests: how many.
+        longest: tokens of the longest prompt.
+        shared: tokens that every third prompt begins with.
+        tokens: to generate after each.
+        judged: requests that the judge reads.
+        vocabulary: token numbers lie below.
+        engine: further arguments of vLLM's `LLM`.
+    """
+
+    requests: int
+    longest: int
+    shared: int
+    tokens: int
+    judged: int
+    vocabulary: int
+    engine: dict[str, Any] = field(default_factory=dict)
+
+    def prompts(self) -> list[list[int]]:
+        """The same ones each time."""
+        numbers = random.Random(0)
+        beginning = [numbers.randrange(5, self.vocabulary) for _ in range(self.shared)]
+        lengths = [numbers.randrange(1, self.longest - self.shared) for _ in range(self.requests)]
+        prompts = [[numbers.randrange(5, self.vocabulary) for _ in range(length)] for length in lengths]
+        return [beginning + prompt if i % 3 == 0 else prompt for i, prompt in enumerate(prompts)]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One run.
+
+    Args:
+        attention: TAUT_ATTENTION, or None to leave it unset.
+        engine: what differs from the usual arguments of vLLM's `LLM`.
+        environment: further variables.
+        score: whether its own log-probabilities of the prompts are wanted.
+    """
+
+    attention: str | None
+    engine: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    score: bool = True
+
+
+def run(model: Path, asked: Asked, scale: Scale, prompts: list[list[int]], tokens: int, score: int) -> Run:
+    usual: dict[str, Any] = {
+        "dtype": "bfloat16", "skip_tokenizer_init": True, "max_model_len": 2 * scale.longest,
+        "max_num_batched_tokens": scale.longest // 2, "enable_prefix_caching": True, "disable_log_stats": False,
+    }  # fmt: skip
+    request = {
+        "model": str(model),
+        "prompt_ids": prompts,
+        "tokens": tokens,
+        "score": score,
+        "engine": usual | scale.engine | asked.engine,
+    }
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TAUT_LOG": "debug"} | asked.environment
+    return run_engine(request, asked.attention, environment)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one run.
+
+    Args:
+        run: itself.
+        prefill: mean distance of its log-probabilities of the prompts from the judge's, NaN if it was not asked for.
+        decode: mean distance of its generated tokens behind those that the judge would have taken.
+    """
+
+    run: Run
+    prefill: float
+    decode: float
+
+
+def judge(model: Path, asked: dict[str, Asked], scale: Scale) -> dict[str, Verdict]:
+    """Make all runs of a model, then let vLLM's own attention judge them, all in one run."""
+    prompts = scale.prompts()
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        waiting = {
+            name: pool.submit(run, model, one, scale, prompts, scale.tokens, scale.judged if one.score else 0)
+            for name, one in asked.items()
+        }
+        runs = {name: future.result() for name, future in waiting.items()}
+    texts = [
+        prompt + text
+        for one in runs.values()
+        for prompt, text in zip(prompts[: scale.judged], one.result["token_ids"][: scale.judged], strict=True)
+    ]
+    read = run(model, Asked("off"), scale, texts, 1, len(texts)).result
+    verdicts = {}
+    for number, (name, one) in enumerate(runs.items()):
+        place = slice(number * scale.judged, (number + 1) * scale.judged)
+        own, best = read["logprobs"][place], read["best_logprobs"][place]
+        distances, shortfalls = [], []
+        for i, prompt in enumerate(prompts[: scale.judged]):
+            split = len(prompt) - 1
+            if asked[name].score:
+                mine = one.result["logprobs"][i]
+                distances += [abs(a - b) for a, b in zip(mine, own[i][:split], strict=True)]
+            shortfalls += [b - a for a, b in zip(own[i][split:], best[i][split:], strict=True)]
+        verdicts[name] = Verdict(one, _mean(distances), _mean(shortfalls))
+    return verdicts
+
+
+def _mean(numbers: Iterable[float]) -> float:
+    numbers = list(numbers)
+    return sum(numbers) / len(numbers) if numbers else float("nan")
+
+
+def figures(verdicts: dict[str, Verdict]) -> str:
+    """The verdicts as text, for whoever runs the tests with -s."""
+    return json.dumps(
+        {
+            name: {
+                "prefill": round(verdict.prefill, 5),
+                "decode": round(verdict.decode, 5),
+                "preemptions": verdict.run.result["preemptions"],
+                "cached": sum(verdict.run.result["cached_tokens"]),
+                "seconds": round(verdict.run.result["seconds"], 2),
+            }
+            for name, verdict in verdicts.items()
+        },
+        indent=1,
+    )
