@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import taut
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
@@ -66,7 +68,8 @@ class EngineAdapter:
     """An engine that we can speak to, as data.
 
     Args:
-        name: "vllm", "sglang": what people call it.
+        name: "vllm", "sglang": what commands and settings call it.
+        title: "vLLM", "SGLang": what people call it.
         module: what is imported under that name.
         distributions: the packages that may bring it, the usual one first.
         plugin_group: the entry-point group through which it loads us.
@@ -79,6 +82,7 @@ class EngineAdapter:
     """
 
     name: str
+    title: str
     module: str
     distributions: tuple[str, ...]
     plugin_group: str
@@ -88,3 +92,19 @@ class EngineAdapter:
     serves: tuple[str, ...]
     register: Callable[[Selection], None]
     ledger: Callable[[], Sequence[Touch]] = tuple
+
+
+def serving_line(kind: str, engine: str, version: str, provider: str, table: object | None) -> str:
+    """What each process of an engine logs once, when it serves through us.
+
+    Args:
+        kind: "dense" or "MLA".
+        engine: its title, "vLLM".
+        version: of the engine.
+        provider: of the kernels.
+        table: the tile table that the user named, if any.
+    """
+    tiles = "none" if provider == "reference" else table or "packaged"
+    return (
+        f"taut {taut.__version__} serves {kind} attention in {engine} {version}: kernels {provider}, tile table {tiles}"
+    )

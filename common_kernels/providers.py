@@ -155,11 +155,16 @@ class Registry:
     _said: set[str] = field(default_factory=set)
 
     @cached_property
+    def brought(self) -> dict[str, tuple[KernelProvider, ...]]:
+        """What each plugin provides, by its name; every plugin is asked once."""
+        plugins = {name: plugin for name, plugin in self.plugins.list_name_plugin() if plugin is not None}
+        return {name: tuple(self._providers_of(name, plugins)) for name in plugins}
+
+    @cached_property
     def providers(self) -> tuple[KernelProvider, ...]:
         """Every provider, the highest priority first."""
         found: dict[str, KernelProvider] = {}
-        plugins = {name: plugin for name, plugin in self.plugins.list_name_plugin() if plugin is not None}
-        for provider in (p for name in plugins for p in self._providers_of(name, plugins)):
+        for provider in (p for group in self.brought.values() for p in group):
             if provider.name in found:
                 raise ProviderError(
                     f"two kernel providers are named {provider.name!r}: "

@@ -43,6 +43,7 @@ def taut_engines() -> Sequence[EngineAdapter]:
     return [
         EngineAdapter(
             name="sglang",
+            title="SGLang",
             module="sglang",
             distributions=("sglang",),
             plugin_group="sglang.srt.plugins",

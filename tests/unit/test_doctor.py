@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from rich.console import Console
 
 import taut
+from taut.adapters.engine import Touch
 from taut.cli import UserError, doctor, main
-from taut.cli.doctor import Gpu, Report, as_json, collect, render
+from taut.cli.doctor import as_json, collect, look, probes, render
+from taut.cli.doctor.report import Gpu, Probed, Report
 from taut.common_kernels.problem import Capability
 from taut.common_kernels.providers import KernelProvider, Registry, default_registry, hookimpl
 from taut.engine_plugins import hooks
@@ -57,7 +59,7 @@ def absent(adapter: EngineAdapter) -> EngineAdapter:
 
 
 def adapters(monkeypatch: pytest.MonkeyPatch, *them: EngineAdapter) -> None:
-    monkeypatch.setattr(doctor, "engines", lambda: {adapter.name: adapter for adapter in them})
+    monkeypatch.setattr(look, "engines", lambda: {adapter.name: adapter for adapter in them})
 
 
 VLLM, SGLANG = hooks.engines()["vllm"], hooks.engines()["sglang"]
@@ -69,10 +71,10 @@ def healthy(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [*map(variable, Settings.model_fields), "VLLM_PLUGINS", "SGLANG_PLUGINS"]:
         monkeypatch.delenv(name, raising=False)
     adapters(monkeypatch, installed(VLLM), absent(SGLANG))
-    monkeypatch.setattr(doctor, "_gpus", list)
+    monkeypatch.setattr(look, "_gpus", list)
 
 
-def look(**how: Any) -> Report:
+def report_of(**how: Any) -> Report:
     return collect(**({"kernels": default_registry([])} | how))
 
 
@@ -116,7 +118,7 @@ def elsewhere(code: str, *arguments: str, **environment: str) -> subprocess.Comp
 
 
 def test_nothing_is_wrong() -> None:
-    report = look()
+    report = report_of()
     assert wrong(report) == []
     assert not report.wrong
     vllm, sglang = report.engines
@@ -127,24 +129,24 @@ def test_nothing_is_wrong() -> None:
 
 def test_no_engine_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     adapters(monkeypatch, absent(VLLM), absent(SGLANG))
-    (line,) = wrong(look())
+    (line,) = wrong(report_of())
     assert "no engine is installed beside taut" in line
     assert "install no-such-engine" in line
 
 
 def test_the_engine_that_was_asked_for_is_missing() -> None:
-    (line,) = wrong(look(engine="sglang"))
+    (line,) = wrong(report_of(engine="sglang"))
     assert "no-such-engine is not installed" in line
 
 
 def test_an_engine_that_we_cannot_speak_to() -> None:
     with pytest.raises(UserError, match="There are vllm, sglang"):
-        look(engine="tensorrt")
+        report_of(engine="tensorrt")
 
 
 def test_a_release_outside_the_range_is_worth_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     adapters(monkeypatch, installed(VLLM, releases=("98.0", "99.0")))
-    report = look()
+    report = report_of()
     assert report.engines[0].in_range is False
     assert wrong(report) == []
     assert any("not within 98.0 to 99.0" in line for line in notes(report))
@@ -165,26 +167,26 @@ def test_a_release_outside_the_range_is_worth_a_note(monkeypatch: pytest.MonkeyP
     ],
 )
 def test_the_range_of_releases(version: str, expected: bool) -> None:
-    assert doctor._in_range(version, ("0.20.2", "0.33.0")) is expected
+    assert look._in_range(version, ("0.20.2", "0.33.0")) is expected
 
 
 def test_two_packages_of_one_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     adapters(monkeypatch, installed(VLLM, distributions=("taut-attention", "pluggy")))
-    monkeypatch.setattr(doctor, "_brings", lambda _distribution, _module: True)
-    assert any("both installed" in line for line in notes(look()))
+    monkeypatch.setattr(look, "_brings", lambda _distribution, _module: True)
+    assert any("both installed" in line for line in notes(report_of()))
 
 
 def test_a_package_that_only_lends_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """What brings no file of the engine is not the engine."""
     adapters(monkeypatch, installed(VLLM, distributions=("rich", "pluggy"), module="pluggy"))
-    report = look()
+    report = report_of()
     assert not any("both installed" in line for line in notes(report))
     assert report.engines[0].distribution == "pluggy"
 
 
 def test_an_engine_that_is_not_served_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     adapters(monkeypatch, installed(SGLANG, serves=()))
-    report = look(model=LLAMA)
+    report = report_of(model=LLAMA)
     assert any("does not yet serve sglang" in line for line in notes(report))
     assert report.model is not None
     assert report.model.outcomes["sglang"]["on"].startswith("sglang stops with an error")
@@ -192,7 +194,7 @@ def test_an_engine_that_is_not_served_yet(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_our_plugin_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
     adapters(monkeypatch, installed(VLLM, plugin_group="no.such.group"))
-    report = look()
+    report = report_of()
     assert not report.engines[0].entry_point
     assert any("no.such.group" in line and "pip install" in line for line in wrong(report))
 
@@ -215,7 +217,7 @@ def test_the_engines_list_of_plugins(
     monkeypatch: pytest.MonkeyPatch, adapter: EngineAdapter, listed: str | None, passes: bool
 ) -> None:
     adapters(monkeypatch, installed(adapter))
-    report = look(environment={} if listed is None else {adapter.plugin_filter: listed})
+    report = report_of(environment={} if listed is None else {adapter.plugin_filter: listed})
     assert report.engines[0].let_through is passes
     assert report.wrong is not passes
     assert passes or any(f"{adapter.plugin_filter}={listed}" in line for line in wrong(report))
@@ -223,9 +225,9 @@ def test_the_engines_list_of_plugins(
 
 def test_a_gpu_without_kernels_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = Gpu(0, "Some GPU", "sm_90", 79.6)
-    monkeypatch.setattr(doctor, "_gpus", lambda: [gpu])
+    monkeypatch.setattr(look, "_gpus", lambda: [gpu])
     only_cpu = registry_of(provider("mine", automatic_on=("cpu",)))
-    report = look(kernels=only_cpu)
+    report = report_of(kernels=only_cpu)
     assert report.gpus == [gpu]
     assert any("on sm_90 no kernel provider is chosen by itself" in line for line in notes(report))
     assert "Some GPU" in text(report)
@@ -235,15 +237,15 @@ def test_a_driver_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> list[Gpu]:
         raise RuntimeError("no driver [here]")
 
-    monkeypatch.setattr(doctor, "_gpus", fail)
-    assert any("no driver [here]" in line for line in wrong(look()))
+    monkeypatch.setattr(look, "_gpus", fail)
+    assert any("no driver [here]" in line for line in wrong(report_of()))
 
 
 # Settings
 
 
 def test_a_misspelt_setting_is_a_finding_and_the_others_are_shown() -> None:
-    report = look(environment={"TAUT_ATTENTON": "on", "TAUT_LOG": "loud", "TAUT_KERNELS": "reference"})
+    report = report_of(environment={"TAUT_ATTENTON": "on", "TAUT_LOG": "loud", "TAUT_KERNELS": "reference"})
     lines = wrong(report)
     assert len(lines) == 2
     assert "did you mean TAUT_ATTENTION?" in lines[0]
@@ -259,14 +261,14 @@ def test_a_misspelt_setting_is_a_finding_and_the_others_are_shown() -> None:
 def test_a_file_is_shown_without_its_folder(tmp_path: Path) -> None:
     table = tmp_path / "mine.json"
     table.write_text("{}")
-    report = look(environment={"TAUT_TABLE": str(table)})
+    report = report_of(environment={"TAUT_TABLE": str(table)})
     assert "mine.json" in text(report)
     assert str(tmp_path) not in text(report, 1000) + as_json(report)
 
 
 def test_the_home_folder_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
-    report = look(environment={"TAUT_TABLE": "/home/somebody/lost.json"})
+    report = report_of(environment={"TAUT_TABLE": "/home/somebody/lost.json"})
     assert any("~/lost.json" in line for line in wrong(report))
     assert "somebody" not in as_json(report)
 
@@ -299,7 +301,7 @@ def test_providers_and_what_each_can_do() -> None:
     limited = Capability(
         "paged_attention", ("sm_80+",), head_sizes=frozenset({128, 64}), features=frozenset({"causal"})
     )
-    report = look(kernels=registry_of(provider("low", priority=1), provider("high", capabilities=(limited,))))
+    report = report_of(kernels=registry_of(provider("low", priority=1), provider("high", capabilities=(limited,))))
     assert [p.name for p in report.providers] == ["high", "low"]
     assert report.providers[0].origin == "entry point plugin"
     shown = text(report)
@@ -309,26 +311,26 @@ def test_providers_and_what_each_can_do() -> None:
 
 def test_a_provider_that_lacks_what_it_needs_has_no_kernels() -> None:
     lacking = provider("lacking", requires=("no_such_module",))
-    report = look(kernels=registry_of(lacking), model=LLAMA)
+    report = report_of(kernels=registry_of(lacking), model=LLAMA)
     assert any("there are no kernels for cpu" in line for line in notes(report))
     assert report.model is not None
     assert "needs no_such_module" in report.model.asked[0].reasons["lacking"][0]
 
 
 def test_the_built_in_ones_say_so() -> None:
-    (reference,) = [p for p in look().providers if p.name == "reference"]
+    (reference,) = [p for p in report_of().providers if p.name == "reference"]
     assert reference.origin == "built in"
 
 
 def test_a_provider_that_does_not_exist_is_wrong() -> None:
-    (line,) = wrong(look(environment={"TAUT_KERNELS": "referense"}, model=LLAMA))
+    (line,) = wrong(report_of(environment={"TAUT_KERNELS": "referense"}, model=LLAMA))
     assert "did you mean 'reference'" in line
 
 
 def test_two_providers_of_one_name_are_wrong() -> None:
     assert any(
         "two kernel providers are named 'twin'" in line
-        for line in wrong(look(kernels=registry_of(*map(provider, ["twin"] * 2))))
+        for line in wrong(report_of(kernels=registry_of(*map(provider, ["twin"] * 2))))
     )
 
 
@@ -344,11 +346,8 @@ def taut_kernels():
 @pytest.mark.parametrize(
     ("source", "says"),
     [
-        ("raise ImportError('needs a moon')", "did not load: ImportError: needs a moon"),
-        (
-            WHEN_ASKED,
-            "failed when asked what it provides: OSError: full moon",
-        ),
+        ("raise ImportError('needs a moon')", "ImportError: needs a moon"),
+        (WHEN_ASKED, "OSError: full moon"),
     ],
     ids=["at import", "when asked"],
 )
@@ -358,20 +357,22 @@ def test_a_broken_providers_entry_point_is_shown(tmp_path: Path, source: str, sa
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-kernels\nVersion: 1.2\n")
     (info / "entry_points.txt").write_text("[taut]\nbroken = broken_kernels\n")
-    done = elsewhere("", "doctor", "--json", PYTHONPATH=str(tmp_path))
+    done = elsewhere("", "doctor", "--quick", "--json", PYTHONPATH=str(tmp_path))
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     found = [
         f["says"] for f in json.loads(done.stdout)["findings"] if f["level"] == "wrong" and f["about"] == "providers"
     ]
-    assert found == [f"the entry point broken of broken-kernels 1.2 {says}"]
+    assert found == [f"the entry point broken of broken-kernels 1.2 is of no use: {says}"]
+    points = {point["name"]: point for point in json.loads(done.stdout)["entry_points"]}
+    assert (points["broken"]["package"], points["broken"]["loads"]) == ("broken-kernels 1.2", f"no: {says}")
 
 
 # A model
 
 
 def test_a_model_that_is_served() -> None:
-    report = look(model=LLAMA)
+    report = report_of(model=LLAMA)
     assert report.model is not None
     assert [(a.problem.operation, a.provider) for a in report.model.asked] == [
         ("paged_attention", "reference"),
@@ -386,7 +387,7 @@ def test_a_model_that_is_served() -> None:
 
 
 def test_mla_is_served() -> None:
-    report = look(model=DEEPSEEK)
+    report = report_of(model=DEEPSEEK)
     assert report.model is not None
     assert report.model.kind == "MLA"
     outcomes = report.model.outcomes["vllm"]
@@ -397,7 +398,7 @@ def test_mla_is_served() -> None:
 def test_nobody_can_serve_and_every_reason_is_told() -> None:
     wants_64 = provider("narrow", capabilities=(Capability("paged_attention", head_sizes=frozenset({64})),))
     shy = provider("shy", automatic_on=("gfx942",))
-    report = look(model=LLAMA, target="sm_90", kernels=registry_of(wants_64, shy))
+    report = report_of(model=LLAMA, target="sm_90", kernels=registry_of(wants_64, shy))
     assert report.model is not None
     paged, store = report.model.asked
     assert paged.provider is None
@@ -411,14 +412,14 @@ def test_nobody_can_serve_and_every_reason_is_told() -> None:
 
 def test_a_chosen_provider_and_why_not_the_others() -> None:
     one, two = provider("one", priority=1), provider("two", priority=2)
-    report = look(model=LLAMA, kernels=registry_of(one, two), environment={"TAUT_KERNELS": "one"})
+    report = report_of(model=LLAMA, kernels=registry_of(one, two), environment={"TAUT_KERNELS": "one"})
     assert report.model is not None
     assert report.model.asked[0].provider == "one"
     assert report.model.asked[0].reasons == {"two": ("TAUT_KERNELS=one asks for another",)}
 
 
 def test_a_config_that_tells_too_little() -> None:
-    report = look(model={"model_type": "mamba"})
+    report = report_of(model={"model_type": "mamba"})
     assert report.model is None
     assert any("no num_attention_heads" in line for line in wrong(report))
 
@@ -428,13 +429,14 @@ def test_a_config_that_tells_too_little() -> None:
 
 @pytest.mark.parametrize("width", [40, 80, 200])
 def test_it_fits(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
-    lines = text(look(model=DEEPSEEK, environment={"TAUT_ATTENTON": "x" * 300}), width).splitlines()
+    lines = text(report_of(model=DEEPSEEK, environment={"TAUT_ATTENTON": "x" * 300}), width).splitlines()
     assert max(map(len, lines)) <= width
 
 
 def test_json_keys() -> None:
-    data = json.loads(as_json(look(model=LLAMA)))
+    data = json.loads(as_json(report_of(model=LLAMA)))
     assert list(data) == [
+        "schema",
         "taut",
         "python",
         "platform",
@@ -442,9 +444,11 @@ def test_json_keys() -> None:
         "triton",
         "gpus",
         "engines",
+        "entry_points",
         "providers",
         "settings",
         "model",
+        "logs",
         "bridge",
         "findings",
     ]
@@ -454,7 +458,7 @@ def test_json_keys() -> None:
     assert doctor.command.__doc__ is not None
     for key in data:
         assert key in doctor.command.__doc__
-    assert json.loads(as_json(look()))["model"] is None
+    assert json.loads(as_json(report_of()))["model"] is None
 
 
 # The command
@@ -463,12 +467,12 @@ def test_json_keys() -> None:
 def test_exit_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     for place in (tmp_path, tmp_path / "config.json"):
-        status, out, _ = as_user(monkeypatch, capsys, "doctor", "--json", "--model", str(place))
+        status, out, _ = as_user(monkeypatch, capsys, "doctor", "--quick", "--json", "--model", str(place))
         assert status == 0
         assert json.loads(out)["model"]["model_type"] == "llama"
         assert str(tmp_path) not in out
     monkeypatch.setenv("TAUT_LOUD", "1")
-    status, out, _ = as_user(monkeypatch, capsys, "doctor")
+    status, out, _ = as_user(monkeypatch, capsys, "doctor", "--quick")
     assert status == 1
     assert "TAUT_LOUD is not a setting" in out
 
@@ -493,7 +497,7 @@ def test_a_users_mistake_is_one_line(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "text.json").write_text("once upon a time")
-    status, out, err = as_user(monkeypatch, capsys, "doctor", *arguments)
+    status, out, err = as_user(monkeypatch, capsys, "doctor", "--quick", *arguments)
     assert (status, out) == (2, "")
     (line,) = err.splitlines()
     assert line.startswith("taut: ")
@@ -515,7 +519,7 @@ def test_help_needs_neither_torch_nor_an_engine() -> None:
 
 
 def test_a_missing_torch_is_said_clearly() -> None:
-    done = elsewhere(LACKS, "doctor", "--json")
+    done = elsewhere(LACKS, "doctor", "--quick", "--json")
     assert done.returncode == 1
     assert done.stderr == ""
     data = json.loads(done.stdout)
@@ -528,38 +532,166 @@ def test_a_missing_torch_is_said_clearly() -> None:
 
 def test_no_engine_is_imported() -> None:
     tell = "import atexit; atexit.register(lambda: sys.stderr.write(str({'vllm', 'sglang'} & set(sys.modules))))"
-    done = elsewhere(tell, "doctor")
+    done = elsewhere(tell, "doctor", "--quick")
     assert done.stderr == "set()"
 
 
 def test_a_provider_is_chosen_by_itself_on_the_targets_its_patterns_mean() -> None:
     """As the choice itself reads them: "sm_80+" is sm_90 too."""
-    report = look(kernels=registry_of(provider("later", automatic_on=("sm_80+",))), target="sm_90")
+    report = report_of(kernels=registry_of(provider("later", automatic_on=("sm_80+",))), target="sm_90")
     assert any("on sm_90 kernels are chosen from: later" in finding.says for finding in report.findings)
 
 
-def test_the_bridge_is_probed_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every entry with its verdict; what is needed and not here is wrong, what fails is told and not raised."""
-    from dataclasses import replace
+# The probes
 
-    from taut.adapters.engine import Touch
-    from taut.cli import doctor
 
-    def entry(what: str, **different: Any) -> Touch:
-        return Touch(what=what, since="0.1", until="", detected="so", why="so", ends="never", **different)
+def probed(*verdicts: str, needed: bool = True) -> list[Probed]:
+    return [Probed("vllm", f"touch {i}", "0.1", "", verdict, needed) for i, verdict in enumerate(verdicts)]
+
+
+def test_probes_are_summed_up_and_shown_when_asked() -> None:
+    assert report_of().bridge == []
+    report = report_of(
+        probe=lambda _engine: [*probed("here", "here"), Probed("vllm", "odd", "0.1", "", "not here", False)]
+    )
+    assert not report.wrong
+    assert any("all 2 internals" in finding.says for finding in report.findings)
+    short = text(report)
+    assert "2 of 2" in short
+    assert "odd" not in short
+    out = io.StringIO()
+    Console(file=out, width=120).print(render(report, every_touch=True))
+    assert "odd" in out.getvalue()
+
+
+def test_what_is_needed_and_not_here_is_wrong() -> None:
+    report = report_of(probe=lambda _engine: probed("here", "not here", "failed: ImportError: no such place"))
+    lines = [finding.says for finding in report.findings if finding.level == "wrong"]
+    assert lines == ["not here: touch 1", "failed: ImportError: no such place: touch 2"]
+
+
+def test_a_broken_engine_is_said_in_one_line() -> None:
+    def broken(_engine: str) -> list[Probed]:
+        raise probes.ProbeError("status -11, it said nothing")
+
+    (line,) = wrong(report_of(probe=broken))
+    assert "vllm cannot be imported" in line
+    assert "status -11" in line
+
+
+def test_the_process_of_the_probes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What fails in a probe is told; an engine that cannot be imported, or ends the process, is one error."""
 
     def broken() -> bool:
         raise ImportError("no such place")
 
+    def entry(what: str, **different: Any) -> Touch:
+        return Touch(what=what, since="0.1", until="", detected="so", why="so", ends="never", **different)
+
     touches = (entry("a", probe=lambda: True), entry("b", probe=lambda: False, needed=True), entry("c", probe=broken))
-    adapters = {name: replace(adapter, ledger=lambda: touches) for name, adapter in doctor.engines().items()}
-    monkeypatch.setattr(doctor, "engines", lambda: adapters)
-    monkeypatch.setattr(
-        doctor,
-        "_engines",
-        lambda report, _adapters, _environment: report.engines.append(SimpleNamespace(name="vllm", version="1")),
-    )
-    assert collect(environment={}).bridge == []
-    report = collect(environment={}, bridge=True)
-    assert [p.verdict for p in report.bridge] == ["here", "not here", "failed: ImportError: no such place"]
-    assert [f.says for f in report.findings if f.about == "vllm" and f.level == "wrong"] == ["not here: b"]
+    adapter = replace(installed(VLLM), ledger=lambda: touches)
+    monkeypatch.setattr(probes, "engines", lambda: {"vllm": adapter})
+    probes.main("vllm", tmp_path / "answer.json")
+    verdicts = [entry["verdict"] for entry in json.loads((tmp_path / "answer.json").read_text())]
+    assert verdicts == ["here", "not here", "failed: ImportError: no such place"]
+
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text("raise OSError('a library is missing')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(probes.ProbeError, match="status 1, OSError: a library is missing"):
+        probes.probe("vllm")
+    (tmp_path / "vllm" / "__init__.py").write_text("import os; os.abort()")
+    with pytest.raises(probes.ProbeError, match="status -6"):
+        probes.probe("vllm")
+
+
+# What is logged, and the usual mistakes
+
+
+def test_what_each_process_would_log() -> None:
+    def lines(**environment: str) -> list[tuple[str, str]]:
+        return [(told.when, told.line) for told in report_of(environment=environment).logs]
+
+    asked = "only with `--attention-backend CUSTOM`"
+    said = f"taut INFO [PROCESS pid=NUMBER] taut {taut.__version__} serves {{}} attention in vLLM {taut.__version__}: "
+    end = "kernels reference, tile table none"
+    expected = [(f"{kind}, {asked}", said.format(kind) + end) for kind in ("dense", "MLA")]
+    assert lines() == expected
+    assert [when for when, _ in lines(TAUT_ATTENTION="auto")] == [
+        "dense, TAUT_ATTENTION=auto",
+        "MLA, TAUT_ATTENTION=auto",
+    ]
+    assert {line for _, line in lines(TAUT_LOG="warning")} == {""}
+    ((_, off),) = lines(TAUT_ATTENTION="off")
+    assert "nothing is registered" in off
+    (only,) = report_of(model=DEEPSEEK).logs
+    assert only.when.startswith("MLA")
+
+
+def test_the_line_is_the_one_that_is_logged() -> None:
+    from taut.engine_plugins import logs
+
+    record = logging.LogRecord("taut", logging.INFO, "", 0, "words", None, None)
+    record.processName, record.process = "PROCESS", 7
+    assert logging.Formatter(logs.FORMAT).format(record).replace("=7", "=NUMBER") == look._as_logged("words")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("TUAT_ATTENTION", "TAUT_ATTENTION"),
+        ("taut_log", "TAUT_LOG"),
+        ("TAUTKERNELS", "TAUT_KERNELS"),
+        ("VLLM_PLUGINS", None),
+        ("PATH", None),
+    ],
+)
+def test_a_slip_in_the_prefix_is_noticed(name: str, meant: str | None) -> None:
+    said = [line for line in notes(report_of(environment={name: "x"})) if f"{name} is set" in line]
+    assert [meant in line for line in said if meant] == [True] * bool(meant)
+    assert bool(said) is bool(meant)
+
+
+@pytest.mark.parametrize(
+    ("releases", "says", "advice"),
+    [(("98.0", "99.0"), "it is older", "update vllm"), (("0.0.1", "0.0.2"), "it is newer", "update taut")],
+)
+def test_older_and_newer_engines(
+    monkeypatch: pytest.MonkeyPatch, releases: tuple[str, str], says: str, advice: str
+) -> None:
+    adapters(monkeypatch, installed(VLLM, releases=releases))
+    (line,) = [line for line in notes(report_of()) if "for which taut" in line]
+    assert says in line
+    assert advice in line
+
+
+def test_the_advice_for_a_filter_can_be_pasted() -> None:
+    (line,) = wrong(report_of(environment={"VLLM_PLUGINS": "other, more"}))
+    assert "export VLLM_PLUGINS=other,more,taut" in line
+
+
+def test_the_password_of_an_address_is_not_shown() -> None:
+    report = report_of(environment={"TAUT_TABLE": "https://me:secret@somewhere/table.json"})
+    assert "secret" not in as_json(report)
+
+
+def test_our_entry_points_are_told() -> None:
+    (point,) = [
+        point for point in report_of().entry_points if point.group == VLLM.plugin_group and point.name == "taut"
+    ]
+    assert (point.loads, point.package) == ("yes", f"taut-attention {taut.__version__}")
+
+
+def test_a_plugin_is_asked_once() -> None:
+    asked = []
+
+    class Plugin:
+        @hookimpl
+        def taut_kernels(self) -> list[KernelProvider]:
+            asked.append(1)
+            return [provider("mine")]
+
+    registry = default_registry([])
+    registry.plugins.register(Plugin(), name="plugin")
+    assert "mine" in {one.name for one in report_of(kernels=registry).providers}
+    assert asked == [1]

@@ -1,187 +1,55 @@
-"""`taut doctor`: what is installed, what would serve, and why; made to be pasted into an issue.
-
-`collect` looks around and never prints, `render` is for people, `as_json` for programs. No engine is imported: a broken
-engine must not keep the doctor from saying what is wrong. torch is, because only torch knows which GPUs it can use.
-"""
+"""Looking around: what is installed, found and chosen, and what is wrong with it. Prints nothing, imports no engine."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import difflib
 import importlib.metadata
 import importlib.util
-import json
 import logging
 import os
-import platform
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
-
-import typer
-from rich import box
-from rich.console import Console, Group
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, Any, Literal
 
 import taut
+from taut.adapters.engine import serving_line
 from taut.cli import UserError
+from taut.cli.doctor.probes import ProbeError
+from taut.cli.doctor.report import (
+    Asked,
+    Engine,
+    EntryPoint,
+    Gpu,
+    Level,
+    Logged,
+    Model,
+    Probed,
+    Provider,
+    Report,
+    Setting,
+    Torch,
+    tidy,
+)
 from taut.common_kernels.model import is_mla, problems_of_model, text_config
-from taut.common_kernels.problem import Capability, Problem, target_matches
+from taut.common_kernels.problem import Problem, target_matches
 from taut.common_kernels.providers import GROUP, KernelProvider, ProviderError, Registry, registry
 from taut.engine_plugins.hooks import engines
 from taut.engine_plugins.settings import PREFIX, Settings, SettingsError, read_settings, variable
 
 if TYPE_CHECKING:
-    from pluggy import HookImpl
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from taut.adapters.engine import EngineAdapter
-
-Level = Literal["ok", "note", "wrong"]
-# Operations with a mask; for the others the features say nothing.
-MASKED = ("paged_attention", "ragged_attention", "mla_decode")
-STYLES: dict[Level, str] = {"ok": "green", "note": "yellow", "wrong": "bold red"}
 
 DISTRIBUTION = "taut-attention"
 TRITON_DISTRIBUTIONS = ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-cpu")
 GPU_FILES = ("/dev/nvidiactl", "/dev/kfd")
 # SGLang takes an empty list of plugins for none and forgives spaces; vLLM does neither.
 FORGIVING_FILTERS = frozenset({"SGLANG_PLUGINS"})
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing the doctor has to say.
-
-    Args:
-        level: "ok", "note" (worth knowing) or "wrong" (to be put right).
-        about: what it concerns, in a word or two.
-        says: the finding, a sentence.
-        advice: what to do; "" where nothing is to be done.
-    """
-
-    level: Level
-    about: str
-    says: str
-    advice: str = ""
-
-
-@dataclass(frozen=True)
-class Engine:
-    """An engine as it is installed here; `version` is None where it is not, "unknown" where no package tells it."""
-
-    name: str
-    distribution: str | None
-    version: str | None
-    releases: tuple[str, str]
-    in_range: bool | None
-    flag: str
-    serves: tuple[str, ...]
-    entry_point: bool
-    let_through: bool
-
-
-@dataclass(frozen=True)
-class Torch:
-    """torch as it is installed here; `build` is "CUDA 12.9", "HIP 6.4" or "CPU"."""
-
-    version: str
-    build: str
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU that torch can use."""
-
-    index: int
-    name: str
-    target: str
-    memory_gib: float
-
-
-@dataclass(frozen=True)
-class Provider:
-    """A kernel provider, where it comes from and what it can do."""
-
-    name: str
-    priority: int
-    summary: str
-    origin: str
-    requires: tuple[str, ...]
-    automatic_on: tuple[str, ...]
-    graphs: bool
-    capabilities: tuple[Capability, ...]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A setting; `source` is its variable, or "default"."""
-
-    name: str
-    value: str | None
-    source: str
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A problem of the model: who serves it (None: nobody), and the reasons against the others."""
-
-    problem: Problem
-    provider: str | None
-    reasons: Mapping[str, tuple[str, ...]]
-
-
-@dataclass(frozen=True)
-class Model:
-    """What a model asks for; `outcomes`: engine -> value of TAUT_ATTENTION -> what would happen there."""
-
-    model_type: str
-    architectures: tuple[str, ...]
-    kind: Literal["dense", "MLA"]
-    target: str
-    asked: tuple[Asked, ...]
-    outcomes: Mapping[str, Mapping[str, str]]
-
-
-@dataclass(frozen=True)
-class Probed:
-    """An entry of an adapter's ledger, and what its probe found in the engine that is installed."""
-
-    engine: str
-    what: str
-    since: str
-    until: str
-    verdict: str
-    needed: bool
-
-
-@dataclass
-class Report:
-    """Everything the doctor found."""
-
-    taut: str = taut.__version__
-    python: str = field(default_factory=platform.python_version)
-    platform: str = field(default_factory=lambda: f"{platform.system()} {platform.machine()}")
-    torch: Torch | None = None
-    triton: str | None = None
-    gpus: list[Gpu] = field(default_factory=list)
-    engines: list[Engine] = field(default_factory=list)
-    providers: list[Provider] = field(default_factory=list)
-    settings: list[Setting] = field(default_factory=list)
-    model: Model | None = None
-    bridge: list[Probed] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
-
-    @property
-    def wrong(self) -> bool:
-        """Whether anything has to be put right."""
-        return any(finding.level == "wrong" for finding in self.findings)
-
-    def add(self, level: Level, about: str, says: str, advice: str = "") -> None:
-        """Add a finding."""
-        self.findings.append(Finding(level, about, _tidy(says), _tidy(advice)))
+CAUSAL = frozenset({"causal"})
+ALIKE = 0.85  # names of variables as near as this to one of ours are taken for a slip
 
 
 def collect(
@@ -191,7 +59,7 @@ def collect(
     model: Mapping[str, Any] | None = None,
     target: str | None = None,
     kernels: Registry | None = None,
-    bridge: bool = False,
+    probe: Callable[[str], list[Probed]] | None = None,
 ) -> Report:
     """Look around.
 
@@ -201,7 +69,7 @@ def collect(
         model: the content of a model's `config.json`, to be judged.
         target: what the model is to run on; None for the first GPU here, or the CPU.
         kernels: the kernel providers; None for those of this process.
-        bridge: whether to run the probes of the adapters' ledgers, which import the engines.
+        probe: runs the probes of an engine's ledger, by its name; None to leave them out.
 
     Raises:
         UserError: `engine` is none that we can speak to.
@@ -222,20 +90,77 @@ def collect(
         choosable = _check_choice(report, kernels, settings, target)
         if model is not None and choosable:
             _model(report, kernels, settings, model, target, adapters if engine is None else {engine: adapters[engine]})
+        _logged(report, kernels, settings, target, [adapters[e.name] for e in report.engines if e.version], choosable)
         for found in report.engines:
-            if bridge and found.version:
-                _bridge(report, adapters[found.name])
+            if probe and found.version:
+                _bridge(report, found.name, probe)
     return report
 
 
-def _bridge(report: Report, adapter: EngineAdapter) -> None:
+def _bridge(report: Report, engine: str, probe: Callable[[str], list[Probed]]) -> None:
     """What the probes of an adapter's ledger find."""
-    for touch in adapter.ledger():
-        probed = Probed(adapter.name, touch.what, touch.since, touch.until, touch.verdict(), touch.needed)
-        report.bridge.append(probed)
-        if probed.needed and probed.verdict != "here":
-            advice = "use a release of the engine that this release of taut was made for"
-            report.add("wrong", adapter.name, f"{probed.verdict}: {probed.what}", advice)
+    try:
+        probed = probe(engine)
+    except ProbeError as error:
+        says = f"{engine} cannot be imported, so that nothing of it was probed: {error}"
+        report.add("wrong", engine, says, f"run python -c 'import {engine}' and mend what it says")
+        return
+    report.bridge += probed
+    missing = [entry for entry in probed if entry.needed and entry.verdict != "here"]
+    for entry in missing:
+        advice = "use a release of the engine that this release of taut was made for"
+        report.add("wrong", engine, f"{entry.verdict}: {entry.what}", advice)
+    if not missing:
+        needed = sum(entry.needed for entry in probed)
+        report.add("ok", engine, f"all {needed} internals of {engine} that taut cannot do without are there")
+
+
+def _logged(
+    report: Report,
+    kernels: Registry,
+    settings: Settings,
+    target: str,
+    adapters: Sequence[EngineAdapter],
+    choosable: bool,
+) -> None:
+    """What each process of an engine would log: the model's line, or without one those of usual shapes."""
+    quiet = settings.log in ("warning", "error")
+    for adapter in adapters:
+        if settings.attention == "off":
+            line = f"TAUT_ATTENTION=off: nothing is registered, {adapter.name} chooses as it would without this package"
+            report.logs.append(Logged(adapter.name, "TAUT_ATTENTION=off", "" if quiet else _as_logged(line)))
+            continue
+        how = f"TAUT_ATTENTION={settings.attention}" if settings.attention else f"only with `{adapter.flag}`"
+        for kind, provider in _who_serves(report, kernels, settings, target, choosable):
+            if kind not in adapter.serves:
+                continue
+            version = next(engine.version for engine in report.engines if engine.name == adapter.name) or "unknown"
+            table = settings.table.name if settings.table else None
+            line = serving_line(kind, adapter.title, version, provider, table)
+            report.logs.append(Logged(adapter.name, f"{kind}, {how}", "" if quiet else _as_logged(line)))
+
+
+def _who_serves(
+    report: Report, kernels: Registry, settings: Settings, target: str, choosable: bool
+) -> Iterator[tuple[str, str]]:
+    """Each kind of attention with the provider that would serve it."""
+    if report.model:
+        provider = report.model.asked[0].provider
+        if provider and all(one.provider for one in report.model.asked):
+            yield report.model.kind, provider
+    elif choosable:
+        for kind, problem in (
+            ("dense", Problem("paged_attention", target, "bfloat16", "bfloat16", 32, 8, 128, 128, 16, 0, CAUSAL)),
+            ("MLA", Problem("mla_decode", target, "bfloat16", "bfloat16", 128, 1, 576, 512, 64, 1, CAUSAL)),
+        ):
+            provider = _asked(kernels, problem, settings.kernels).provider
+            if provider:
+                yield kind, provider
+
+
+def _as_logged(line: str) -> str:
+    """As `logs.FORMAT` has it; the process and its number are known only then."""
+    return f"taut INFO [PROCESS pid=NUMBER] {line}"
 
 
 def _settings(report: Report, environment: Mapping[str, str]) -> Settings:
@@ -244,6 +169,10 @@ def _settings(report: Report, environment: Mapping[str, str]) -> Settings:
     wrong = {name: says for name, value in given.items() if (says := _what_is_wrong(name, value))}
     for name, says in wrong.items():
         report.add("wrong", "settings", says, f"correct or unset {name}: every engine stops at it")
+    for name in sorted(set(environment) - set(given)):
+        if meant := _meant(name):
+            says = f"{name} is set, which nobody reads: did you mean {meant}?"
+            report.add("note", "settings", says, f"rename it to {meant}, or unset it")
     settings = read_settings({name: value for name, value in given.items() if name not in wrong})
     sources = settings.sources()
     for setting, source in sources.items():
@@ -261,6 +190,12 @@ def _what_is_wrong(name: str, value: str) -> str | None:
     except SettingsError as error:
         return str(error)
     return None
+
+
+def _meant(name: str) -> str | None:
+    """The setting that a variable without our prefix may have been meant for: `TUAT_LOG`, `taut_log`."""
+    near = difflib.get_close_matches(name.upper(), map(variable, Settings.model_fields), n=1, cutoff=ALIKE)
+    return near[0] if near else None
 
 
 def _engines(report: Report, adapters: Sequence[EngineAdapter], environment: Mapping[str, str]) -> None:
@@ -284,7 +219,6 @@ def _engine(report: Report, adapter: EngineAdapter, environment: Mapping[str, st
     entry_point = _entry_point(report, adapter, installed=version is not None)
     listed = environment.get(adapter.plugin_filter)
     let_through = _lets_through(adapter.plugin_filter, listed)
-    first, last = adapter.releases
     if version is not None:
         if len(found) > 1:
             report.add(
@@ -296,21 +230,18 @@ def _engine(report: Report, adapter: EngineAdapter, environment: Mapping[str, st
         if in_range:
             report.add("ok", adapter.name, f"{distribution} {version} is a release that taut was made for")
         else:
-            report.add(
-                "note",
-                adapter.name,
-                f"release {version} is not within {first} to {last}, for which taut was made",
-                "it may work: taut probes what it touches and says what it misses",
-            )
+            report.add("note", adapter.name, *_out_of_range(adapter, version, in_range))
         if not adapter.serves:
             advice = f"leave TAUT_ATTENTION unset for {adapter.name}, or use another engine"
             report.add("note", adapter.name, f"this release of taut does not yet serve {adapter.name}", advice)
         if entry_point and not let_through:
+            both = ",".join([*(name.strip() for name in (listed or "").split(",") if name.strip()), "taut"])
             report.add(
                 "wrong",
                 adapter.name,
-                f"{adapter.plugin_filter}={listed} keeps {adapter.name} from loading the plugin taut",
-                f"add taut to the list, separated by commas without spaces, or unset {adapter.plugin_filter}",
+                f"{adapter.plugin_filter}={listed} keeps {adapter.name} from loading the plugin taut: "
+                f"it lists every plugin that may load, and an engine says nothing of the others",
+                f"export {adapter.plugin_filter}={both} (names separated by commas, no spaces), or unset it",
             )
     return Engine(
         adapter.name,
@@ -325,10 +256,28 @@ def _engine(report: Report, adapter: EngineAdapter, environment: Mapping[str, st
     )
 
 
+def _out_of_range(adapter: EngineAdapter, version: str, in_range: bool | None) -> tuple[str, str]:
+    """What is said of a release for which this release of ours was not made, and what to do."""
+    first, last = adapter.releases
+    says = f"is not within {first} to {last}, for which taut {taut.__version__} was made"
+    advice = "it may work: taut probes what it touches, and `taut doctor --bridge` shows what it misses"
+    if in_range is None:
+        return (
+            f"the release of {adapter.name} is unknown, so that it cannot be told whether taut was made for it",
+            advice,
+        )
+    if _numbers(version) < _numbers(first):
+        return f"release {version} {says}: it is older", f"update {adapter.name}; {advice}"
+    newer = f"update taut: pip install -U {DISTRIBUTION}, or install {adapter.name} {last}"
+    return f"release {version} {says}: it is newer", f"{newer}; {advice}"
+
+
 def _entry_point(report: Report, adapter: EngineAdapter, *, installed: bool) -> bool:
     """Whether the engine finds our plugin and can load it: engines hide what goes wrong there."""
     level: Level = "wrong" if installed else "note"
-    ours = [p for p in importlib.metadata.entry_points(group=adapter.plugin_group) if p.value.startswith("taut.")]
+    points = list(importlib.metadata.entry_points(group=adapter.plugin_group))
+    ours = [point for point in points if point.value.startswith("taut.")]
+    report.entry_points += [_told(point, "not tried") for point in points if point not in ours[:1]]
     if not ours:
         report.add(
             level,
@@ -340,10 +289,17 @@ def _entry_point(report: Report, adapter: EngineAdapter, *, installed: bool) -> 
     try:
         ours[0].load()
     except Exception as error:  # whatever it is, this command is where it must be said
+        report.entry_points.append(_told(ours[0], f"no: {type(error).__name__}: {error}"))
         says = f"the plugin {ours[0].value} does not load: {type(error).__name__}: {error}"
         report.add(level, adapter.name, says, f"reinstall {DISTRIBUTION}")
         return False
+    report.entry_points.append(_told(ours[0], "yes"))
     return True
+
+
+def _told(point: importlib.metadata.EntryPoint, loads: str) -> EntryPoint:
+    package = f"{point.dist.name} {point.dist.version}" if point.dist else ""
+    return EntryPoint(point.group, point.name, point.value, package, tidy(loads))
 
 
 def _lets_through(filter_variable: str, listed: str | None) -> bool:
@@ -410,35 +366,23 @@ def _triton(report: Report) -> None:
 
 
 def _providers(report: Report, kernels: Registry) -> None:
-    """The providers, asked plugin by plugin, so that one that fails is known by its name."""
-    points = {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
+    """The providers, each with the plugin that brings it; and the plugins that are of no use."""
+    points = {point.name: _told(point, "") for point in importlib.metadata.entry_points(group=GROUP)}
 
     def origin(plugin: str) -> str:
         if plugin == "taut":
             return "built in"
-        point = points.get(plugin)
-        package = f" of {point.dist.name} {point.dist.version}" if point and point.dist else ""
-        return f"entry point {plugin}{package}"
+        package = points[plugin].package if plugin in points else ""
+        return f"entry point {plugin}" + (f" of {package}" if package else "")
 
-    for plugin, failure in kernels.failures.items():
-        advice = "update or uninstall its package; the other providers serve"
-        report.add("wrong", "providers", f"the {origin(plugin)} did not load: {failure}", advice)
-    for hook in reversed(kernels.plugins.hook.taut_kernels.get_hookimpls()):
-        where = origin(hook.plugin_name)
-        brought, failure = _brought_by(hook)
-        report.providers += [_provider(provider, where) for provider in brought]
-        if failure:
-            says = f"the {where} failed when asked what it provides: {failure}"
-            report.add("wrong", "providers", says, "update or uninstall its package: no kernels are found with it")
+    report.providers = [_provider(p, origin(plugin)) for plugin, brought in kernels.brought.items() for p in brought]
     report.providers.sort(key=lambda provider: (-provider.priority, provider.name))
-
-
-def _brought_by(hook: HookImpl) -> tuple[Sequence[KernelProvider], str]:
-    """What a plugin provides, or why it does not say."""
-    try:
-        return list(cast("Sequence[KernelProvider]", hook.function())), ""
-    except Exception as error:  # a stranger's code
-        return (), f"{type(error).__name__}: {error}"
+    for plugin, failure in kernels.failures.items():  # complete only now that every plugin was asked
+        advice = "update or uninstall its package; the other providers serve"
+        report.add("wrong", "providers", f"the {origin(plugin)} is of no use: {failure}", advice)
+    for name, point in points.items():
+        loads = f"no: {kernels.failures[name]}" if name in kernels.failures else "yes"
+        report.entry_points.append(replace(point, loads=tidy(loads)))
 
 
 def _provider(provider: KernelProvider, origin: str) -> Provider:
@@ -568,15 +512,11 @@ def _is_importable(module: str) -> bool:
 
 
 def _in_range(version: str, releases: tuple[str, str]) -> bool:
-    numbers = [tuple(map(int, re.findall(r"\d+", v.split("+")[0])[:3])) for v in (releases[0], version, releases[1])]
-    return numbers[0] <= numbers[1] <= numbers[2]
+    return _numbers(releases[0]) <= _numbers(version) <= _numbers(releases[1])
 
 
-def _tidy(text: str) -> str:
-    """One line, with the home folder as `~`: a report is pasted in public."""
-    home = str(Path.home())
-    text = " ".join(text.split())
-    return text.replace(home, "~") if len(home) > 1 else text
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version.split("+")[0])[:3]))
 
 
 @contextlib.contextmanager
@@ -589,163 +529,3 @@ def _silenced() -> Iterator[None]:
         yield
     finally:
         log.setLevel(before)
-
-
-def as_json(report: Report) -> str:
-    """The report for programs. Its keys are listed in the command's help and stay."""
-    return json.dumps(_plain(report), indent=2)
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
-
-
-def render(report: Report) -> Group:
-    """The report for people."""
-    torch = f"{report.torch.version}, {report.torch.build}" if report.torch else "missing"
-    parts: list[Any] = [
-        Text(f"taut {report.taut}   python {report.python}   {report.platform}", style="bold"),
-        Text(f"torch {torch}   triton {report.triton or 'missing'}   GPUs {len(report.gpus)}"),
-        _table(
-            "Engines",
-            ("engine", "installed", "made for", "serves", "plugin"),
-            [
-                (
-                    engine.name,
-                    f"{engine.distribution or ''} {engine.version}".strip() if engine.version else "no",
-                    " to ".join(engine.releases),
-                    ", ".join(engine.serves) or "nothing yet",
-                    ("found" if engine.let_through else "filtered out") if engine.entry_point else "not found",
-                )
-                for engine in report.engines
-            ],
-        ),
-    ]
-    rows: list[tuple[str, ...]]
-    if report.gpus:
-        rows = [(str(gpu.index), gpu.name, gpu.target, f"{gpu.memory_gib} GiB") for gpu in report.gpus]
-        parts.append(_table("GPUs", ("", "name", "target", "memory"), rows))
-    rows = [(setting.name, setting.value or "unset", setting.source) for setting in report.settings]
-    parts.append(_table("Settings", ("setting", "value", "from"), rows))
-    parts.append(
-        _table(
-            "Kernel providers",
-            ("provider", "priority", "summary", "from", "by itself on"),
-            [(p.name, str(p.priority), p.summary, p.origin, ", ".join(p.automatic_on)) for p in report.providers],
-        )
-    )
-    parts += [_capabilities(provider) for provider in report.providers]
-    if report.model:
-        parts += _render_model(report.model)
-    if report.bridge:
-        rows = [(p.engine, f"{p.since} to {p.until or 'now'}", p.verdict, p.what) for p in report.bridge]
-        parts.append(_table("Bridge", ("engine", "releases", "here", "what"), rows))
-    findings = Table(title="Findings", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("", "about", "finding"):
-        findings.add_column(column, overflow="fold")
-    for finding in sorted(report.findings, key=lambda f: list(STYLES).index(f.level)):
-        says = Text(finding.says)
-        if finding.advice:
-            says.append(f"\n-> {finding.advice}", style="italic")
-        findings.add_row(Text(finding.level, style=STYLES[finding.level]), Text(finding.about), says)
-    parts.append(findings)
-    wrong = sum(finding.level == "wrong" for finding in report.findings)
-    parts.append(Text(f"{wrong} wrong" if wrong else "Nothing is wrong.", style=STYLES["wrong" if wrong else "ok"]))
-    return Group(*parts)
-
-
-def _capabilities(provider: Provider) -> Table:
-    """What a provider can do: operations that can do the same share a row, a limit that is not set takes no space."""
-    limits = ("dtypes", "cache_dtypes", "head_sizes", "value_sizes", "page_sizes", "max_query", "max_q_heads")
-
-    def words(value: Any) -> str:
-        return ", ".join(map(str, sorted(value))) if isinstance(value, frozenset) else str(value)
-
-    rows: dict[str, list[str]] = {}
-    for c in provider.capabilities:
-        set_limits = [(name.replace("_", " "), getattr(c, name)) for name in limits if getattr(c, name) is not None]
-        lines = [f"on {', '.join(c.targets)}", *(f"{name}: {words(value)}" for name, value in set_limits)]
-        if c.operation in MASKED:
-            lines.append(f"features: {words(c.features) or 'none'}")
-        rows.setdefault("\n".join(lines), []).append(c.operation)
-    title = f"What {provider.name} can do"
-    return _table(title, ("operation", "with"), [("\n".join(names), can) for can, names in rows.items()])
-
-
-def _render_model(model: Model) -> list[Table]:
-    rows = []
-    for one in model.asked:
-        p = one.problem
-        against = "\n".join(f"{name}: {'; '.join(reasons)}" for name, reasons in one.reasons.items())
-        shape = f"heads {p.q_heads}/{p.kv_heads}, size {p.head_size}/{p.value_size}, {p.dtype}"
-        asks = ", ".join([shape, *sorted(p.features)])
-        rows.append((p.operation, asks, one.provider or "nobody", against or "-"))
-    title = f"Model: {model.model_type} ({model.kind}) on {model.target}"
-    tables = [_table(title, ("asks for", "with", "served by", "not by"), rows)]
-    for engine, outcomes in model.outcomes.items():
-        tables.append(_table(f"This model in {engine}", ("TAUT_ATTENTION", "gives"), list(outcomes.items())))
-    return tables
-
-
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))  # Text: a stranger's [brackets] are no markup
-    return table
-
-
-def read_model(place: Path) -> dict[str, Any]:
-    """The config of a model: a `config.json`, or the folder that holds it.
-
-    Raises:
-        FileNotFoundError: there is none.
-        UserError: it is not a config.
-    """
-    file = place / "config.json" if place.is_dir() else place
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"--model {place}: {file.name} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"--model {place}: {file.name} holds no model's config, which is an object with keys")
-    return config
-
-
-def command(
-    model: Annotated[
-        Path | None, typer.Option(help="A model's folder, or its config.json: who would serve it, and why.")
-    ] = None,
-    engine: Annotated[str | None, typer.Option(help="Look for this engine only: vllm, sglang.")] = None,
-    target: Annotated[
-        str | None, typer.Option(help="Judge for this device instead of the one here: cpu, sm_90, gfx942.")
-    ] = None,
-    bridge: Annotated[
-        bool, typer.Option("--bridge", help="Hold our ledger of the engine's internals against it; imports the engine.")
-    ] = False,
-    as_data: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-) -> None:
-    """Say what is installed, what would serve, and why. Exit status 1 if anything is wrong.
-
-    The keys of --json, which stay: taut, python, platform, torch (version, build; null where it is missing), triton,
-    gpus, engines, providers (with their capabilities), settings, model (null without --model), bridge (empty without
-    --bridge), and findings (level: ok, note or wrong; about; says; advice).
-    """
-    logging.getLogger("taut").addHandler(logging.NullHandler())  # what would be logged stands among the findings
-    config = None if model is None else read_model(model)
-    report = collect(engine=engine, model=config, target=target, bridge=bridge)
-    if as_data:
-        typer.echo(as_json(report))
-    else:
-        Console().print(render(report))
-    if report.wrong:
-        raise typer.Exit(1)
