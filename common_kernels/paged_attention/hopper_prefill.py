@@ -1,0 +1,730 @@
+"""Long extends on Hopper: a block of 128 queries, two warpgroups that attend, one warp or four that load.
+
+The loading partition fills a ring of shared memory with tiles of keys and values; each of the two attending
+warpgroups keeps 64 rows of queries, their scores and their output in registers, and multiplies from the ring:
+
+    loads     K0 V0 K1 V1 K2 V2 ...
+    rows 0-63   QK0 | softmax 0 | QK1 PV0 | softmax 1 | QK2 PV1 | softmax 2 | ...
+    rows 64-    ... QK0 | softmax 0 | QK1 PV0 | softmax 1 | ...
+
+Within a warpgroup the products of the next tile are under way while the weights of this one are worked out; between
+the two a token goes to and fro, so that one multiplies while the other exponentiates (FlashAttention-3, arXiv
+2407.08608, section 3.1 and 3.2). Why each barrier is right is said where it is made.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from taut.common_kernels.gluon_features import THREAD_BARRIERS, TMA_LOADS, first_of
+from taut.common_kernels.paged_attention.hopper_softmax import (
+    LOG2E,
+    LOWEST,
+    add_sinks,
+    cap_scores,
+    lse_of,
+    query_range,
+    scale_of_scores,
+    sees,
+    sees_any,
+)
+
+load_box = first_of(tma, TMA_LOADS)
+gather = first_of(async_copy, TMA_LOADS)
+thread_barrier = first_of(gl, THREAD_BARRIERS)
+reinterpret = first_of(gl.shared_memory_descriptor, ("reinterpret", "_reinterpret"))
+
+BOX_COLUMNS = gl.constexpr(64)  # elements of a box's row: 128 bytes, as wide as the swizzle
+
+
+@gluon.jit
+def row_of_block(query_starts, rows, block, BLOCK: gl.constexpr):
+    """The row whose queries block number `block` holds, and its first block; see `triton_prefill.row_of_block`."""
+    low = rows * 0
+    high = rows
+    while low < high:
+        middle = (low + high + 1) // 2
+        if gl.load(query_starts + middle) // BLOCK + middle <= block:
+            low = middle
+        else:
+            high = middle - 1
+    return low, gl.load(query_starts + low) // BLOCK + low
+
+
+@gluon.jit
+def load_tiles(
+    key,  # a descriptor of [pages, Hk, P, D], boxes [1, 1, BOX, 64]
+    value,
+    k_ring,  # [STAGES * columns of boxes * boxes, 1, 1, BOX, 64]
+    k_tail_ring,
+    v_ring,
+    k_full,
+    k_free,
+    v_full,
+    v_free,
+    table_row,  # pointer: the row's first page number; contiguous: not used
+    dead_page,  # a page number that the descriptor does not have: its box arrives as zeros
+    kv_head,
+    first_place,  # contiguous: where the row's first key lies
+    start,
+    tiles,
+    first_seen,
+    end_seen,
+    PAGED: gl.constexpr,
+    PAGE_SIZE: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BOX: gl.constexpr,
+    HEAD_MAIN: gl.constexpr,
+    HEAD_TAIL: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Fill the ring by boxes of the copy engine."""
+    BOXES: gl.constexpr = BLOCK_N // BOX
+    K_COLUMNS: gl.constexpr = HEAD_MAIN // BOX_COLUMNS
+    K_TAIL_COLUMNS: gl.constexpr = HEAD_TAIL // BOX_COLUMNS
+    V_COLUMNS: gl.constexpr = HEAD_MAIN // BOX_COLUMNS
+    for i in range(tiles):
+        stage = i % STAGES
+        # The tile takes the slot over from tile i - STAGES; the first ones find it free: a wait for the phase before
+        # the first returns at once.
+        free = ((i // STAGES) & 1) ^ 1
+        tile = start + i * BLOCK_N
+        # Page numbers first: they arrive while the slot is waited for. A box of which no key is seen is not read: its
+        # page may be anything.
+        pages = ()
+        if PAGED:
+            for box in gl.static_range(BOXES):
+                begin = tile + box * BOX
+                seen = (begin < end_seen) & (begin + BOX > first_seen)
+                pages = pages + (gl.load(table_row + begin // PAGE_SIZE, mask=seen, other=dead_page),)  # noqa: RUF005
+            place = tile % PAGE_SIZE
+        else:
+            place = first_place + tile
+            pages = (0,)
+        mbarrier.wait(k_free.index(stage), free)
+        mbarrier.expect(k_full.index(stage), BLOCK_N * (HEAD_MAIN + HEAD_TAIL) * 2)
+        for box in gl.static_range(BOXES):
+            at = 0 if PAGE_SIZE == BOX and PAGED else place
+            for column in gl.static_range(K_COLUMNS):
+                load_box(
+                    key,
+                    [pages[box], kv_head, at, column * BOX_COLUMNS],
+                    k_full.index(stage),
+                    k_ring.index((stage * K_COLUMNS + column) * BOXES + box),
+                )
+            for column in gl.static_range(K_TAIL_COLUMNS):
+                load_box(
+                    key,
+                    [pages[box], kv_head, at, HEAD_MAIN + column * BOX_COLUMNS],
+                    k_full.index(stage),
+                    k_tail_ring.index((stage * K_TAIL_COLUMNS + column) * BOXES + box),
+                )
+        mbarrier.wait(v_free.index(stage), free)
+        mbarrier.expect(v_full.index(stage), BLOCK_N * HEAD_MAIN * 2)
+        for box in gl.static_range(BOXES):
+            at = 0 if PAGE_SIZE == BOX and PAGED else place
+            for column in gl.static_range(V_COLUMNS):
+                load_box(
+                    value,
+                    [pages[box], kv_head, at, column * BOX_COLUMNS],
+                    v_full.index(stage),
+                    v_ring.index((stage * V_COLUMNS + column) * BOXES + box),
+                )
+
+
+@gluon.jit
+def gather_tiles(
+    key,  # pointer: the cache's slot 0 of this head
+    value,
+    k_ring,  # [STAGES, BLOCK_N, HEAD_MAIN]
+    k_tail_ring,
+    v_ring,
+    k_full,
+    k_free,
+    v_full,
+    v_free,
+    table_row,
+    key_page_stride,
+    key_token_stride,
+    value_page_stride,
+    value_token_stride,
+    start,
+    tiles,
+    first_seen,
+    end_seen,
+    PAGE_SIZE: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    HEAD_MAIN: gl.constexpr,
+    HEAD_TAIL: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Fill the ring key by key, for pages too small or too odd for boxes; keys that nobody sees become zeros."""
+    for i in range(tiles):
+        stage = i % STAGES
+        free = ((i // STAGES) & 1) ^ 1
+        tile = start + i * BLOCK_N
+        mbarrier.wait(k_free.index(stage), free)
+        gather_columns(
+            key, k_ring.index(stage), table_row, key_page_stride, key_token_stride, tile, first_seen, end_seen,
+            PAGE_SIZE, BLOCK_N, HEAD_MAIN, 0,
+        )  # fmt: skip
+        if HEAD_TAIL:
+            gather_columns(
+                key, k_tail_ring.index(stage), table_row, key_page_stride, key_token_stride, tile, first_seen, end_seen,
+                PAGE_SIZE, BLOCK_N, HEAD_TAIL, HEAD_MAIN,
+            )  # fmt: skip
+        async_copy.mbarrier_arrive(k_full.index(stage), increment_count=False)
+        mbarrier.wait(v_free.index(stage), free)
+        gather_columns(
+            value, v_ring.index(stage), table_row, value_page_stride, value_token_stride, tile, first_seen, end_seen,
+            PAGE_SIZE, BLOCK_N, HEAD_MAIN, 0,
+        )  # fmt: skip
+        async_copy.mbarrier_arrive(v_full.index(stage), increment_count=False)
+
+
+@gluon.jit
+def gather_columns(
+    source,
+    target,
+    table_row,
+    page_stride,
+    token_stride,
+    tile,
+    first_seen,
+    end_seen,
+    PAGE_SIZE: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    FIRST_COLUMN: gl.constexpr,
+):
+    """Copies of 16 bytes, a few rows at a time, so that few addresses are held at once."""
+    ROWS: gl.constexpr = 32  # of one round
+    LANES: gl.constexpr = COLUMNS // 8 if COLUMNS < 256 else 32
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
+    columns = FIRST_COLUMN + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
+    for first in gl.static_range(0, BLOCK_N, ROWS):
+        keys = tile + first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+        seen = (keys >= first_seen) & (keys < end_seen)
+        page = gl.load(table_row + keys // PAGE_SIZE, mask=seen, other=0)
+        slots = page.to(gl.int64) * page_stride + (keys % PAGE_SIZE) * token_stride
+        gather(
+            target.slice(first, ROWS, dim=0),
+            (source + columns)[None, :] + slots[:, None],
+            mask=seen[:, None] & (columns >= 0)[None, :],
+        )
+
+
+@gluon.jit
+def load_queries(
+    rows,  # [64, COLUMNS] shared memory
+    query,
+    which: gl.constexpr,
+    first_head,
+    first_query,
+    query_end,
+    query_token_stride,
+    query_head_stride,
+    heads,
+    PACK: gl.constexpr,
+    FIRST_COLUMN: gl.constexpr,
+    COLUMNS: gl.constexpr,
+):
+    """Some columns of the queries of one warpgroup; zeros where a row of the tile has no query."""
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    lanes = which * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, wide))
+    tokens = first_query + lanes // PACK
+    here = (tokens < query_end) & (lanes % PACK < heads)
+    addresses = query + tokens.to(gl.int64) * query_token_stride + (first_head + lanes % PACK) * query_head_stride
+    columns = FIRST_COLUMN + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, wide))
+    rows.store(gl.load(addresses[:, None] + columns[None, :], mask=here[:, None], other=0.0))
+
+
+@gluon.jit
+def multiply_keys(
+    q_rows,
+    q_tail_rows,
+    k_ring,
+    k_tail_ring,
+    stage,
+    HEAD_TAIL: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+):
+    """Start the products of a warpgroup's queries and the keys in a slot of the ring; not waited for."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    scores = gl.zeros([64, BLOCK_N], gl.float32, layout=layout)
+    scores = warpgroup_mma(q_rows, k_ring.index(stage).permute((1, 0)), scores, use_acc=False, is_async=True)
+    if HEAD_TAIL:
+        scores = warpgroup_mma(q_tail_rows, k_tail_ring.index(stage).permute((1, 0)), scores, is_async=True)
+    return scores
+
+
+@gluon.jit
+def weigh(
+    products,  # [64, BLOCK_N] float32
+    total,  # [64] sum of weights
+    top,  # [64] maximum of scores, base 2
+    tile,  # the position of its first key
+    positions,
+    length,
+    row_slopes,
+    left,
+    right,
+    score_scale,
+    cap,
+    MASKED: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
+    HAS_SOFT_CAP: gl.constexpr,
+    HAS_SLOPES: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+):
+    """The weights of a tile, and of the online softmax the new sum, the new maximum, and what decays the old output."""
+    scores = products
+    keys = tile + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, products.type.layout))
+    if HAS_SOFT_CAP:
+        scores = cap_scores(scores, score_scale, cap)
+    elif HAS_SLOPES:
+        scores = scores * score_scale
+    if HAS_SLOPES:
+        scores += row_slopes[:, None] * (keys[None, :] - positions[:, None]).to(gl.float32)
+    if MASKED:
+        seen = sees(keys[None, :], positions[:, None], length, left, right, CAUSAL, HAS_LEFT, HAS_RIGHT)
+        scores = gl.where(seen, scores, float("-inf"))
+    if HAS_SOFT_CAP or HAS_SLOPES:
+        new_top = gl.maximum(top, gl.max(scores, 1))
+        weights = gl.exp2(scores - new_top[:, None])
+    else:
+        # The scale is positive: it is folded into one multiply-add with the subtraction.
+        new_top = gl.maximum(top, gl.max(scores, 1) * score_scale)
+        weights = gl.exp2(scores * score_scale - new_top[:, None])
+    decay = gl.exp2(top - new_top)
+    return weights, total * decay + gl.sum(weights, 1), new_top, decay
+
+
+@gluon.jit
+def attend_tile(
+    i,  # the number of the tile, from 1 on
+    acc,
+    total,
+    top,
+    p,  # the weights of the tile before, as the left operand of a product
+    which: gl.constexpr,
+    q_rows,
+    q_tail_rows,
+    k_ring,
+    k_tail_ring,
+    v_ring,
+    k_full,
+    k_free,
+    v_full,
+    v_free,
+    turns,
+    start,
+    positions,
+    length,
+    row_slopes,
+    left,
+    right,
+    score_scale,
+    cap,
+    MASKED: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
+    HAS_SOFT_CAP: gl.constexpr,
+    HAS_SLOPES: gl.constexpr,
+    BOX: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    HEAD_TAIL: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Scores and weights of tile i, and meanwhile the output of tile i - 1: returns acc, total, top, p."""
+    stage = i % STAGES
+    before = (i - 1) % STAGES
+    mbarrier.wait(k_full.index(stage), (i // STAGES) & 1)
+    mbarrier.wait(v_full.index(before), ((i - 1) // STAGES) & 1)
+    if not BOX:
+        fence_async_shared()
+    # Barrier `turns[w]` takes one arrival a tile, from the other warpgroup when it has issued its products. The first
+    # warpgroup begins, so its wait for tile i is for the arrival of tile i - 1; the second's is for that of tile i.
+    mbarrier.wait(turns.index(which), (i & 1) ^ (which ^ 1))
+    scores = multiply_keys(q_rows, q_tail_rows, k_ring, k_tail_ring, stage, HEAD_TAIL, BLOCK_N)
+    acc = warpgroup_mma(p, v_ring.index(before), acc, is_async=True)
+    mbarrier.arrive(turns.index(which ^ 1), count=1)
+    scores = warpgroup_mma_wait(1, deps=[scores])
+    mbarrier.arrive(k_free.index(stage), count=1)
+    weights, total, top, decay = weigh(
+        scores, total, top, start + i * BLOCK_N, positions, length, row_slopes, left, right, score_scale, cap,
+        MASKED, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, HAS_SLOPES, BLOCK_N,
+    )  # fmt: skip
+    acc, p = warpgroup_mma_wait(0, deps=[acc, p])
+    mbarrier.arrive(v_free.index(before), count=1)
+    acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, acc.type.layout))[:, None]
+    p = gl.convert_layout(weights.to(p.dtype), p.type.layout)
+    return acc, total, top, p
+
+
+@gluon.jit
+def attend(
+    which: gl.constexpr,  # of the two warpgroups
+    q,  # [2, 64, HEAD_MAIN] shared memory
+    q_tail,  # [2, 64, HEAD_TAIL]
+    k_ring,  # [STAGES, BLOCK_N, HEAD_MAIN]
+    k_tail_ring,
+    v_ring,  # [STAGES, BLOCK_N, HEAD_MAIN]
+    k_full,
+    k_free,
+    v_full,
+    v_free,
+    turns,
+    query,
+    out,
+    lse,
+    sinks,
+    slopes,
+    kv_head,
+    first_group_head,
+    first_query,
+    query_end,
+    first_position,
+    length,
+    start,
+    tiles,
+    common_start,  # tiles in which every query sees every key
+    common_end,
+    score_scale,
+    cap,
+    left,
+    right,
+    query_token_stride,
+    query_head_stride,
+    out_token_stride,
+    out_head_stride,
+    lse_token_stride,
+    lse_head_stride,
+    GROUP: gl.constexpr,
+    PACK: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
+    HAS_SOFT_CAP: gl.constexpr,
+    BOX: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    HEAD_MAIN: gl.constexpr,
+    HEAD_TAIL: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """One warpgroup: 64 rows of queries against all tiles, and their output."""
+    ROWS: gl.constexpr = 64
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_MAIN, 16])
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    HAS_SLOPES: gl.constexpr = slopes is not None
+
+    q_rows = q.index(which)
+    load_queries(
+        q_rows, query, which, kv_head * GROUP + first_group_head, first_query, query_end, query_token_stride,
+        query_head_stride, GROUP - first_group_head, PACK, 0, HEAD_MAIN,
+    )  # fmt: skip
+    q_tail_rows = q_rows
+    if HEAD_TAIL:
+        q_tail_rows = q_tail.index(which)
+        load_queries(
+            q_tail_rows, query, which, kv_head * GROUP + first_group_head, first_query, query_end, query_token_stride,
+            query_head_stride, GROUP - first_group_head, PACK, HEAD_MAIN, HEAD_TAIL,
+        )  # fmt: skip
+    fence_async_shared()
+    thread_barrier()  # every thread's rows are there before the first product reads them
+
+    lanes = which * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout))
+    positions = first_position + lanes // PACK
+    row_slopes = gl.zeros([ROWS], gl.float32, layout=gl.SliceLayout(1, s_layout))
+    if HAS_SLOPES:
+        group_heads = first_group_head + lanes % PACK
+        row_slopes = gl.load(slopes + kv_head * GROUP + group_heads, mask=group_heads < GROUP, other=0.0) * LOG2E
+
+    acc = gl.zeros([ROWS, HEAD_MAIN], gl.float32, layout=o_layout)
+    total = gl.zeros([ROWS], gl.float32, layout=gl.SliceLayout(1, s_layout))
+    top = gl.full([ROWS], LOWEST, gl.float32, layout=gl.SliceLayout(1, s_layout))
+
+    # The first tile has no values of a tile before it to multiply; it is masked whatever it is.
+    mbarrier.wait(k_full.index(0), 0)
+    if not BOX:
+        fence_async_shared()
+    mbarrier.wait(turns.index(which), which ^ 1)
+    scores = multiply_keys(q_rows, q_tail_rows, k_ring, k_tail_ring, 0, HEAD_TAIL, BLOCK_N)
+    mbarrier.arrive(turns.index(which ^ 1), count=1)
+    scores = warpgroup_mma_wait(0, deps=[scores])
+    mbarrier.arrive(k_free.index(0), count=1)
+    weights, total, top, _ = weigh(
+        scores, total, top, start, positions, length, row_slopes, left, right, score_scale, cap,
+        True, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, HAS_SLOPES, BLOCK_N,
+    )  # fmt: skip
+    p = gl.convert_layout(weights.to(q.dtype), gl.DotOperandLayout(0, o_layout, 2))
+    if HAS_LEFT:
+        for i in range(1, common_start):
+            acc, total, top, p = attend_tile(
+                i, acc, total, top, p, which, q_rows, q_tail_rows, k_ring, k_tail_ring, v_ring, k_full, k_free, v_full,
+                v_free, turns, start, positions, length, row_slopes, left, right, score_scale, cap,
+                True, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, HAS_SLOPES, BOX, BLOCK_N, HEAD_TAIL, STAGES,
+            )  # fmt: skip
+    for i in range(gl.maximum(common_start, 1), common_end):
+        acc, total, top, p = attend_tile(
+            i, acc, total, top, p, which, q_rows, q_tail_rows, k_ring, k_tail_ring, v_ring, k_full, k_free, v_full,
+            v_free, turns, start, positions, length, row_slopes, left, right, score_scale, cap,
+            False, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, HAS_SLOPES, BOX, BLOCK_N, HEAD_TAIL, STAGES,
+        )  # fmt: skip
+    for i in range(gl.maximum(common_end, 1), tiles):
+        acc, total, top, p = attend_tile(
+            i, acc, total, top, p, which, q_rows, q_tail_rows, k_ring, k_tail_ring, v_ring, k_full, k_free, v_full,
+            v_free, turns, start, positions, length, row_slopes, left, right, score_scale, cap,
+            True, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, HAS_SLOPES, BOX, BLOCK_N, HEAD_TAIL, STAGES,
+        )  # fmt: skip
+
+    last = tiles - 1
+    v_tile = v_ring.index(last % STAGES)
+    mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
+    if BOX:
+        # Only the last tile can reach past the row's keys, into what may be NaN: its weights there are zeros, but zero
+        # times NaN is none. Both warpgroups write the same zeros, so neither need wait for the other; all threads of
+        # each have written before it multiplies.
+        end_of_tile = start + tiles * BLOCK_N
+        if end_of_tile > length:
+            v_keys = end_of_tile - BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, wide))
+            v_tile.store(gl.where((v_keys < length)[:, None], v_tile.load(wide), 0.0))
+            fence_async_shared()
+            thread_barrier()
+    else:
+        fence_async_shared()
+    acc = warpgroup_mma(p, v_tile, acc, is_async=True)
+
+    factor = gl.full([ROWS], 1.0, gl.float32, layout=gl.SliceLayout(1, s_layout))
+    group_heads = first_group_head + lanes % PACK
+    heads = kv_head * GROUP + group_heads
+    query_tokens = first_query + lanes // PACK
+    ours = (query_tokens < query_end) & (group_heads < GROUP)
+    if sinks is not None:
+        sink_scores = gl.load(sinks + heads, mask=ours, other=0.0).to(gl.float32)
+        wanted = sees_any(positions, length, left, right, CAUSAL, HAS_LEFT, HAS_RIGHT)
+        total, top, factor = add_sinks(total, top, sink_scores, wanted)
+    factor = gl.where(total > 0.0, factor / gl.where(total > 0.0, total, 1.0), 0.0)
+    if lse is not None:
+        lses = lse + query_tokens.to(gl.int64) * lse_token_stride + heads * lse_head_stride
+        gl.store(lses, lse_of(total, top), mask=ours)
+    factor = gl.convert_layout(factor, gl.SliceLayout(1, o_layout))
+    acc = warpgroup_mma_wait(0, deps=[acc])
+
+    # The output goes through the queries' shared memory, which this warpgroup alone has read, into whole lines.
+    q_rows.store((acc * factor[:, None]).to(q.dtype))
+    thread_barrier()
+    wide_lanes = which * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, wide))
+    wide_tokens = first_query + wide_lanes // PACK
+    wide_group_heads = first_group_head + wide_lanes % PACK
+    wide_ours = (wide_tokens < query_end) & (wide_group_heads < GROUP)
+    out_rows = (
+        out + wide_tokens.to(gl.int64) * out_token_stride + (kv_head * GROUP + wide_group_heads) * out_head_stride
+    )
+    columns = gl.arange(0, HEAD_MAIN, layout=gl.SliceLayout(0, wide))
+    gl.store(out_rows[:, None] + columns[None, :], q_rows.load(wide), mask=wide_ours[:, None])
+
+
+@gluon.jit(do_not_specialize=["tokens", "rows"])
+def prefill_kernel(
+    query,  # [T, Hq, D]
+    key,  # a descriptor of [pages, Hk, P, D], boxes [1, 1, BOX, 64]; contiguous: [1, Hk, K, D]; gathered: the cache
+    value,
+    out,  # [T, Hq, V]
+    lse,  # [T, Hq] or None
+    sinks,  # [Hq] or None
+    slopes,  # [Hq] or None
+    query_starts,  # [R + 1]
+    lengths,  # [R]; contiguous: key_starts [R + 1]
+    table,  # [*, pages], or None
+    table_rows,  # [R], or None
+    tokens,
+    rows,
+    pages,  # N, and so the number of a page that there is not
+    scale,
+    soft_cap,
+    left,
+    right,
+    query_token_stride,
+    query_head_stride,
+    key_page_stride,
+    key_token_stride,
+    key_head_stride,
+    value_page_stride,
+    value_token_stride,
+    value_head_stride,
+    out_token_stride,
+    out_head_stride,
+    lse_token_stride,
+    lse_head_stride,
+    table_stride,
+    GROUP: gl.constexpr,  # query heads of one key-value head
+    PACK: gl.constexpr,  # of them, how many share a program; a power of two
+    MORE_THAN: gl.constexpr,  # rows with no more queries than this are left to another kernel
+    CAUSAL: gl.constexpr,
+    HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
+    HAS_SOFT_CAP: gl.constexpr,
+    PAGED: gl.constexpr,
+    PAGE_SIZE: gl.constexpr,
+    BOX: gl.constexpr,  # keys of a box of the copy engine, 0 where the keys are gathered
+    BLOCK_N: gl.constexpr,
+    HEAD_MAIN: gl.constexpr,
+    HEAD_TAIL: gl.constexpr,
+    STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr,  # of a thread that attends
+    LOAD_REGISTERS: gl.constexpr,  # of a thread that loads
+):
+    """One program attends for one block of queries of a row and PACK of its heads; see `hopper_kernel.prefill`."""
+    BLOCK_M: gl.constexpr = 128
+    QUERIES: gl.constexpr = BLOCK_M // PACK
+    PACKS: gl.constexpr = (GROUP + PACK - 1) // PACK
+    LOAD_WARPS: gl.constexpr = 1 if BOX else 4
+    # As in `triton_prefill`: heads side by side, a row's last blocks first.
+    kv_head = gl.program_id(0) // PACKS
+    first_group_head = gl.program_id(0) % PACKS * PACK
+    block = gl.num_programs(1) - 1 - gl.program_id(1)
+    row, first_block = row_of_block(query_starts, rows, block, QUERIES)
+    row_start = gl.load(query_starts + row)
+    row_end = tokens
+    length = tokens * 0
+    first_place = tokens * 0
+    if row < rows:
+        row_end = gl.load(query_starts + row + 1)
+        length = gl.load(lengths + row)
+        if not PAGED:
+            first_place = length
+            length = gl.load(lengths + row + 1) - length
+    first_query = row_start + (block - first_block) * QUERIES
+    if first_query >= row_end:
+        return
+    if (row < rows) & (row_end - row_start <= MORE_THAN):
+        return
+    first_position = length - (row_end - first_query)
+    queries = gl.minimum(row_end - first_query, QUERIES)
+    table_row = table
+    if PAGED:
+        if row < rows:
+            if table_rows is None:
+                table_row = table + row.to(gl.int64) * table_stride
+            else:
+                table_row = table + gl.load(table_rows + row).to(gl.int64) * table_stride
+
+    first_seen, end_seen, first_common, end_common = query_range(
+        first_position, queries, length, left, right, CAUSAL, HAS_LEFT, HAS_RIGHT
+    )
+    # Tiles: some keys hidden from some query (only with a window), then all seen by all, then some hidden again. At
+    # least one, in which nothing may be seen: then what is written is what a row without keys gets.
+    start = first_seen // BLOCK_N * BLOCK_N
+    tiles = gl.maximum(gl.cdiv(end_seen - start, BLOCK_N), 1)
+    common_start = gl.cdiv(first_common - start, BLOCK_N)
+    common_end = gl.maximum(end_common // BLOCK_N - start // BLOCK_N, common_start)
+    common_start = gl.minimum(common_start, tiles)
+    common_end = gl.minimum(common_end, tiles)
+
+    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    DTYPE: gl.constexpr = out.dtype.element_ty
+    q = gl.allocate_shared_memory(DTYPE, [2, 64, HEAD_MAIN], layout)
+    k_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, HEAD_MAIN], layout)
+    v_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, HEAD_MAIN], layout)
+    q_tail = q
+    k_tail_ring = k_ring
+    if HEAD_TAIL:
+        q_tail = gl.allocate_shared_memory(DTYPE, [2, 64, HEAD_TAIL], layout)
+        k_tail_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, HEAD_TAIL], layout)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        # Full: one arrival, of the warp that says how many bytes come; gathered: one of each thread that copies.
+        mbarrier.init(k_full.index(stage), count=1 if BOX else 128)
+        mbarrier.init(v_full.index(stage), count=1 if BOX else 128)
+        # Free: both warpgroups have read it.
+        mbarrier.init(k_free.index(stage), count=2)
+        mbarrier.init(v_free.index(stage), count=2)
+    for warpgroup in gl.static_range(2):
+        mbarrier.init(turns.index(warpgroup), count=1)
+    fence_async_shared()
+    thread_barrier()
+
+    score_scale = scale_of_scores(scale, soft_cap, HAS_SOFT_CAP)
+    cap = soft_cap * LOG2E
+    if BOX:
+        COLUMNS: gl.constexpr = HEAD_MAIN // BOX_COLUMNS
+        TAIL_COLUMNS: gl.constexpr = HEAD_TAIL // BOX_COLUMNS
+        BOXES: gl.constexpr = BLOCK_N // BOX
+        box_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 4)
+        k_boxes = reinterpret(k_ring, DTYPE, [STAGES * COLUMNS * BOXES, 1, 1, BOX, BOX_COLUMNS], box_layout)
+        v_boxes = reinterpret(v_ring, DTYPE, [STAGES * COLUMNS * BOXES, 1, 1, BOX, BOX_COLUMNS], box_layout)
+        k_tail_boxes = k_boxes
+        if HEAD_TAIL:
+            k_tail_boxes = reinterpret(
+                k_tail_ring, DTYPE, [STAGES * TAIL_COLUMNS * BOXES, 1, 1, BOX, BOX_COLUMNS], box_layout
+            )
+        gl.warp_specialize(
+            [
+                (attend, (
+                    0, q, q_tail, k_ring, k_tail_ring, v_ring, k_full, k_free, v_full, v_free, turns, query, out, lse,
+                    sinks, slopes, kv_head, first_group_head, first_query, row_end, first_position, length, start,
+                    tiles, common_start, common_end, score_scale, cap, left, right, query_token_stride,
+                    query_head_stride, out_token_stride, out_head_stride, lse_token_stride, lse_head_stride, GROUP,
+                    PACK, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, BOX, BLOCK_N, HEAD_MAIN, HEAD_TAIL, STAGES,
+                )),
+                (attend, (
+                    1, q, q_tail, k_ring, k_tail_ring, v_ring, k_full, k_free, v_full, v_free, turns, query, out, lse,
+                    sinks, slopes, kv_head, first_group_head, first_query, row_end, first_position, length, start,
+                    tiles, common_start, common_end, score_scale, cap, left, right, query_token_stride,
+                    query_head_stride, out_token_stride, out_head_stride, lse_token_stride, lse_head_stride, GROUP,
+                    PACK, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, BOX, BLOCK_N, HEAD_MAIN, HEAD_TAIL, STAGES,
+                )),
+                (load_tiles, (
+                    key, value, k_boxes, k_tail_boxes, v_boxes, k_full, k_free, v_full, v_free, table_row, pages,
+                    kv_head, first_place, start, tiles, first_seen, end_seen, PAGED, PAGE_SIZE, BLOCK_N, BOX,
+                    HEAD_MAIN, HEAD_TAIL, STAGES,
+                )),
+            ],
+            [4, LOAD_WARPS],
+            [REGISTERS, LOAD_REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (attend, (
+                    0, q, q_tail, k_ring, k_tail_ring, v_ring, k_full, k_free, v_full, v_free, turns, query, out, lse,
+                    sinks, slopes, kv_head, first_group_head, first_query, row_end, first_position, length, start,
+                    tiles, common_start, common_end, score_scale, cap, left, right, query_token_stride,
+                    query_head_stride, out_token_stride, out_head_stride, lse_token_stride, lse_head_stride, GROUP,
+                    PACK, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, BOX, BLOCK_N, HEAD_MAIN, HEAD_TAIL, STAGES,
+                )),
+                (attend, (
+                    1, q, q_tail, k_ring, k_tail_ring, v_ring, k_full, k_free, v_full, v_free, turns, query, out, lse,
+                    sinks, slopes, kv_head, first_group_head, first_query, row_end, first_position, length, start,
+                    tiles, common_start, common_end, score_scale, cap, left, right, query_token_stride,
+                    query_head_stride, out_token_stride, out_head_stride, lse_token_stride, lse_head_stride, GROUP,
+                    PACK, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, BOX, BLOCK_N, HEAD_MAIN, HEAD_TAIL, STAGES,
+                )),
+                (gather_tiles, (
+                    key + kv_head.to(gl.int64) * key_head_stride, value + kv_head.to(gl.int64) * value_head_stride,
+                    k_ring, k_tail_ring, v_ring, k_full, k_free, v_full, v_free, table_row, key_page_stride,
+                    key_token_stride, value_page_stride, value_token_stride, start, tiles, first_seen, end_seen,
+                    PAGE_SIZE, BLOCK_N, HEAD_MAIN, HEAD_TAIL, STAGES,
+                )),
+            ],
+            [4, LOAD_WARPS],
+            [REGISTERS, LOAD_REGISTERS],
+        )  # fmt: skip
