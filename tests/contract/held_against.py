@@ -76,32 +76,33 @@ def accepts(ours: Callable[..., Any], base: Callable[..., Any]) -> str:
     return ""
 
 
-def the_signatures(ours: type, base: type) -> None:
-    """What we define of a base class can be called as the base's is; nothing abstract is left."""
+def the_signatures(ours: type, base: type, *, made: bool = True) -> None:
+    """What we define of a base class can be called as the base's is, and made so; nothing abstract is left."""
     expect(not getattr(ours, "__abstractmethods__", ()), f"{ours.__name__} lacks {set(ours.__abstractmethods__)}")
     own = {name for c in ours.__mro__ if not issubclass(base, c) for name in vars(c) if not name.startswith("__")}
-    for name in sorted(own | {"__init__"}):
+    for name in sorted(own | ({"__init__"} if made else set())):
         mine, its = getattr(ours, name, None), getattr(base, name, None)
         if callable(mine) and callable(its) and not inspect.isclass(mine):
             why = accepts(mine, its)
             expect(not why, f"{ours.__name__}.{name}: {why}")
 
 
-def the_calls(function: Callable[..., Any], method: str, ours: Callable[..., Any]) -> None:
-    """Every call of `.method(` in the source of vLLM's `function` fits our method."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+def the_calls(source: Callable[..., Any] | ModuleType, method: str, ours: Callable[..., Any]) -> None:
+    """Every call of `.method(` in the source of a function or module of vLLM's fits our method."""
+    code = inspect.getsource(source if isinstance(source, ModuleType) else inspect.unwrap(source))
+    tree = ast.parse(textwrap.dedent(code))
     calls = [
         node
         for node in ast.walk(tree)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == method
     ]
-    expect(calls, f"{function.__name__} does not call {method}")
+    expect(calls, f"{source.__name__} does not call {method}")
     for call in calls:
         names = {keyword.arg: None for keyword in call.keywords if keyword.arg}
         try:
             inspect.signature(ours).bind(None, *[None] * len(call.args), **names)
         except TypeError as error:
-            problems.append(f"{function.__name__} calls {method}: {error}")
+            problems.append(f"{source.__name__} calls {method}: {error}")
 
 
 def what_is_read(config: VllmConfig) -> None:
@@ -199,6 +200,40 @@ def the_derived_classes() -> None:
         expect(not backend.get_builder_cls().__abstractmethods__, f"{backend}: an abstract builder")
 
 
+def the_latent_classes() -> None:
+    """Those of latent attention: their methods, the calls of them, and what they read of their bases."""
+    from vllm.model_executor.layers.attention import mla_attention as its
+
+    from taut.adapters.vllm import mla
+
+    pairs = (
+        (mla.backend_for("TRITON_MLA"), its.MLACommonBackend),
+        (mla.TautMLAImplementation, its.MLACommonImpl),
+        (mla.TautMLAMetadataBuilder, its.MLACommonMetadataBuilder),
+    )
+    for ours, base in pairs:
+        the_signatures(ours, base, made=base is not its.MLACommonMetadataBuilder)
+    the_signatures(mla.TautMLAMetadataBuilder, AttentionMetadataBuilder)  # vLLM makes it with what this one takes
+    implementation = mla.TautMLAImplementation
+    for method in ("forward_mqa", "forward_mha", "do_kv_cache_update"):
+        the_calls(its, method, getattr(implementation, method))
+    the_calls(its, "_build_decode", mla.TautMLAMetadataBuilder._build_decode)
+    read = {
+        its.MLACommonImpl: (
+            "num_heads scale kv_cache_dtype kv_lora_rank qk_nope_head_dim qk_head_dim v_head_dim kv_b_proj "
+            "dcp_world_size need_to_return_lse_for_decode supports_quant_query_input _concat_k_nope_k_pe"
+        ),
+        its.MLACommonMetadataBuilder: "vllm_config model_config device dcp_world_size reorder_batch_threshold",
+        its.MLACommonPrefillMetadata: "query_start_loc max_query_len block_table chunked_context",
+    }
+    for kind, names in read.items():
+        sources = "".join(inspect.getsource(c) for c in kind.__mro__ if c.__module__.startswith("vllm."))
+        for name in names.split():
+            expect(re.search(rf"\b{name}\b", sources), f"{kind.__name__} has no {name}")
+    some = torch.zeros(1)
+    expect(mla.DecodeMetadata(some, some, None, None, None).seq_lens is some, "the metadata of decoding rows differ")
+
+
 class Stock(AttentionBackend):
     """Stands in for vLLM's own class of a member, whose kernels a CPU does not have."""
 
@@ -286,6 +321,7 @@ def main() -> None:
         what_is_read(config)
         the_layers(config)
         the_derived_classes()
+        the_latent_classes()
     the_choice_on_a_gpu()
     sys.stdout.write("".join(f"PROBLEM {problem}\n" for problem in problems) + f"HELD vLLM {vllm.__version__}\n")
 
