@@ -1,0 +1,512 @@
+"""`gl.*`: what is neither a tensor's own method nor shared memory."""
+
+from __future__ import annotations
+
+import builtins
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton.language as tl
+from triton.experimental.gluon.language import (
+    AutoLayout,
+    BlockedLayout,
+    DotOperandLayout,
+    NVMMADistributedLayout,
+    SliceLayout,
+)
+
+from gluon_emulator.machine import program
+from gluon_emulator.values import (
+    INFERRED,
+    EmulationError,
+    Inferred,
+    Tensor,
+    agree,
+    arithmetic,
+    cast,
+    common_dtype,
+    cut,
+    operands,
+    to_bits,
+    to_tensor,
+    undefined,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor as Numbers
+
+ROUNDED = {tl.float16, tl.bfloat16, tl.float32, tl.float64}
+
+
+class Constexpr:
+    """`gl.constexpr`: an annotation, and a number written as one."""
+
+    def __new__(cls, value: Any) -> Any:
+        return value
+
+
+def check_warps(layout: Any) -> None:
+    """A layout that names warps names those of the partition."""
+    while isinstance(layout, (SliceLayout, DotOperandLayout)):
+        layout = layout.parent
+    if isinstance(layout, (BlockedLayout, NVMMADistributedLayout)):
+        warps = functools.reduce(lambda x, y: x * y, layout.warps_per_cta)
+        if warps != program().partition.num_warps:
+            raise EmulationError(f"the partition has {program().partition.num_warps} warps, the layout {layout}")
+
+
+def placed(numbers: Numbers, dtype: tl.dtype, layout: Any) -> Tensor:
+    """A new tensor with a layout of the kernel's choice."""
+    layout = AutoLayout() if layout is None else layout
+    check_warps(layout)
+    if not isinstance(layout, (AutoLayout, Inferred)) and numbers.dim() and layout.rank != numbers.dim():
+        raise EmulationError(f"a tensor {list(numbers.shape)} with the layout {layout}")
+    return Tensor(numbers, dtype, layout)
+
+
+def arange(start: int, end: int, layout: Any = None) -> Tensor:
+    size = end - start
+    if size <= 0 or size & (size - 1):
+        raise EmulationError(f"arange({start}, {end}): the size is a power of two")
+    return placed(torch.arange(start, end, dtype=torch.int32), tl.int32, layout)
+
+
+def full(shape: Sequence[int], value: Any, dtype: tl.dtype, layout: Any = None) -> Tensor:
+    shape = [int(size) for size in shape]
+    if any(size <= 0 or size & (size - 1) for size in shape):
+        raise EmulationError(f"a tensor {shape}: sizes are powers of two")
+    number = to_tensor(value).to(dtype) if isinstance(value, Tensor) else to_tensor(value, dtype)
+    return placed(number.data.expand(shape).clone(), dtype, layout)
+
+
+def zeros(shape: Sequence[int], dtype: tl.dtype, layout: Any = None) -> Tensor:
+    return full(shape, 0, dtype, layout)
+
+
+def full_like(input: Tensor, value: Any, shape: Any = None, dtype: Any = None, layout: Any = None) -> Tensor:  # noqa: A002
+    return full(shape or input.shape, value, dtype or input.dtype, layout or input.layout)
+
+
+def zeros_like(input: Tensor, shape: Any = None, dtype: Any = None, layout: Any = None) -> Tensor:  # noqa: A002
+    return full_like(input, 0, shape, dtype, layout)
+
+
+def convert_layout(value: Tensor, layout: Any, assert_trivial: bool = False) -> Tensor:
+    if not isinstance(value, Tensor) or not value.shape:
+        raise EmulationError(f"convert_layout of {value!r}")
+    check_warps(layout)
+    return Tensor(value.data, value.dtype, layout, value.memory)
+
+
+def set_auto_layout(value: Tensor, layout: Any) -> Tensor:
+    return convert_layout(value, layout)
+
+
+def load(
+    pointer: Tensor, mask: Any = None, other: Any = None, *, cache_modifier: Any = "", eviction_policy: Any = "",
+    volatile: bool = False, cache_policy: Any = None,
+) -> Tensor:  # fmt: skip
+    """Numbers at pointers; without `other`, what is masked is undefined."""
+    dtype = _pointed_at(pointer)
+    shape, layout, live = _with_mask(pointer, mask)
+    offsets = pointer.data.expand(shape)
+    assert pointer.memory is not None
+    numbers = pointer.memory.load(offsets, dtype, live)
+    if live is not None and other is not None:
+        filler = to_tensor(other)
+        agree(layout, filler.layout)
+        numbers = torch.where(live, numbers, cast(filler.data, filler.dtype, dtype))
+    return Tensor(numbers, dtype, layout)
+
+
+def store(
+    pointer: Tensor, value: Any, mask: Any = None, *, cache_modifier: Any = "", eviction_policy: Any = "",
+    cache_policy: Any = None,
+) -> None:  # fmt: skip
+    """Put numbers at pointers."""
+    dtype = _pointed_at(pointer)
+    shape, layout, live = _with_mask(pointer, mask)
+    value = to_tensor(value)
+    agree(layout, value.layout)
+    if value.shape and list(torch.broadcast_shapes(value.shape, shape)) != list(shape):
+        raise EmulationError(f"{value.shape} is stored at {list(shape)} pointers")
+    assert pointer.memory is not None
+    pointer.memory.store(pointer.data.expand(shape), cast(value.data, value.dtype, dtype), dtype, live)
+
+
+def _pointed_at(pointer: Any) -> tl.dtype:
+    if not isinstance(pointer, Tensor) or pointer.memory is None:
+        raise EmulationError(f"{pointer!r} is no pointer")
+    return pointer.dtype.element_ty
+
+
+def _with_mask(pointer: Tensor, mask: Any) -> tuple[tuple[int, ...], Any, Numbers | None]:
+    if mask is None:
+        return tuple(pointer.shape), pointer.layout, None
+    mask = to_tensor(mask)
+    if mask.dtype != tl.int1:
+        raise EmulationError(f"a mask is int1, not {mask.dtype}")
+    if mask.shape and not pointer.shape:
+        raise EmulationError("one pointer with a mask of many")
+    shape = tuple(torch.broadcast_shapes(pointer.shape, mask.shape))
+    return shape, agree(pointer.layout, mask.layout), mask.data.expand(shape)
+
+
+def _atomic(combine: Callable[[Numbers, Numbers], Numbers]) -> Callable[..., Tensor]:
+    def operation(pointer: Tensor, val: Any, mask: Any = None, sem: Any = None, scope: Any = None) -> Tensor:
+        dtype = _pointed_at(pointer)
+        shape, layout, live = _with_mask(pointer, mask)
+        value = to_tensor(val)
+        added = cast(value.data, value.dtype, dtype).expand(shape).flatten()
+        offsets = pointer.data.expand(shape).flatten()
+        before = undefined((len(offsets),), dtype)
+        assert pointer.memory is not None
+        for i in builtins.range(len(offsets)):  # one after the other: several may meet at one address
+            if live is None or live.flatten()[i]:
+                before[i] = pointer.memory.load(offsets[i], dtype)
+                pointer.memory.store(offsets[i], cut(combine(before[i], added[i]), dtype), dtype)
+        return Tensor(before.reshape(shape), dtype, layout)
+
+    return operation
+
+
+atomic_add = _atomic(torch.add)
+atomic_max = _atomic(torch.maximum)
+atomic_min = _atomic(torch.minimum)
+atomic_xchg = _atomic(lambda _, new: new)
+
+
+def where(condition: Any, x: Any, y: Any) -> Tensor:
+    chosen = to_tensor(condition)
+    if chosen.dtype != tl.int1:
+        chosen = chosen.to(tl.int1)
+    pointers = [value for value in (x, y) if isinstance(value, Tensor) and value.memory is not None]
+    if pointers:
+        if len(pointers) != 2 or pointers[0].memory is not pointers[1].memory:
+            raise EmulationError("where between pointers of different tensors: not emulated")
+        layout = agree(chosen.layout, *(pointer.layout for pointer in pointers))
+        data = torch.where(chosen.data, *(pointer.data for pointer in pointers))
+        return Tensor(data, pointers[0].dtype, layout, pointers[0].memory)
+    dtype = common_dtype(x, y)
+    first, second, layout = operands(x, y, dtype)
+    layout = agree(chosen.layout, layout)
+    return Tensor(torch.where(chosen.data, first, second), dtype, layout)
+
+
+def _unary(function: Callable[[Numbers], Numbers], floats: bool = True) -> Callable[..., Tensor]:
+    def operation(x: Any) -> Tensor:
+        value = to_tensor(x)
+        if floats and value.dtype not in ROUNDED:
+            raise EmulationError(f"a function of floats, not of {value.dtype}")
+        return Tensor(cut(function(value.data), value.dtype), value.dtype, value.layout)
+
+    return operation
+
+
+exp = _unary(torch.exp)
+exp2 = _unary(torch.exp2)
+log = _unary(torch.log)
+log2 = _unary(torch.log2)
+sqrt = sqrt_rn = _unary(torch.sqrt)
+rsqrt = _unary(torch.rsqrt)
+sin = _unary(torch.sin)
+cos = _unary(torch.cos)
+erf = _unary(torch.erf)
+floor = _unary(torch.floor)
+ceil = _unary(torch.ceil)
+absolute = _unary(torch.abs, floats=False)
+
+
+def fma(x: Any, y: Any, z: Any) -> Tensor:
+    dtype = common_dtype(to_tensor(x), to_tensor(y))
+    first, second, layout = operands(x, y, dtype)
+    third = to_tensor(z)
+    exact = first.to(torch.float64) * second.to(torch.float64) + third.data.to(torch.float64)
+    return Tensor(cast(exact, tl.float64, dtype), dtype, agree(layout, third.layout))
+
+
+def fdiv(x: Any, y: Any, ieee_rounding: bool = False) -> Tensor:
+    return to_tensor(x) / y
+
+
+div_rn = fdiv
+
+
+def _larger(x: Numbers, y: Numbers) -> Numbers:
+    return torch.fmax(x, y) if x.is_floating_point() else torch.maximum(x, y)
+
+
+def _smaller(x: Numbers, y: Numbers) -> Numbers:
+    return torch.fmin(x, y) if x.is_floating_point() else torch.minimum(x, y)
+
+
+def maximum(x: Any, y: Any, propagate_nan: Any = None) -> Tensor:
+    """The larger; of a number and NaN the number."""
+    return arithmetic(_larger, to_tensor(x) if not isinstance(y, Tensor) else x, y)
+
+
+def minimum(x: Any, y: Any, propagate_nan: Any = None) -> Tensor:
+    """The smaller; of a number and NaN the number."""
+    return arithmetic(_smaller, to_tensor(x) if not isinstance(y, Tensor) else x, y)
+
+
+def clamp(x: Any, low: Any, high: Any, propagate_nan: Any = None) -> Tensor:
+    return minimum(maximum(x, low), high)
+
+
+def add(x: Any, y: Any) -> Tensor:
+    return to_tensor(x) + y
+
+
+def sub(x: Any, y: Any) -> Tensor:
+    return to_tensor(x) - y
+
+
+def mul(x: Any, y: Any) -> Tensor:
+    return to_tensor(x) * y
+
+
+def umulhi(x: Any, y: Any) -> Tensor:
+    return arithmetic(lambda a, b: (a.to(torch.int64) * b) >> 32, x, y)
+
+
+def cdiv(x: Any, div: Any) -> Any:
+    if isinstance(x, Tensor) or isinstance(div, Tensor):
+        return (x + (div - 1)) // div
+    return -(-x // div)
+
+
+def _sliced(layout: Any, axis: int) -> Any:
+    return INFERRED if isinstance(layout, (Inferred, AutoLayout)) else SliceLayout(axis, layout)
+
+
+def _axis(x: Tensor, axis: int | None) -> tuple[Tensor, int]:
+    if axis is None:
+        return Tensor(x.data.flatten(), x.dtype, INFERRED), 0
+    if not 0 <= axis < len(x.shape):
+        raise EmulationError(f"axis {axis} of {x.shape}")
+    return x, axis
+
+
+def _reduction(function: Callable[[Numbers, int], Numbers]) -> Callable[..., Tensor]:
+    def operation(x: Tensor, axis: int | None = None, keep_dims: bool = False, **_: Any) -> Tensor:
+        x, axis = _axis(x, axis)
+        numbers = cut(function(x.data, axis), x.dtype)
+        if keep_dims:
+            return Tensor(numbers.unsqueeze(axis), x.dtype, x.layout)
+        return Tensor(numbers, x.dtype, _sliced(x.layout, axis))
+
+    return operation
+
+
+def _largest(x: Numbers, axis: int) -> Numbers:
+    if not x.is_floating_point():
+        return x.amax(axis)
+    nothing = x.isnan()
+    return torch.where(nothing.all(axis), torch.nan, torch.where(nothing, -torch.inf, x).amax(axis)).to(x.dtype)
+
+
+maximum_of = _reduction(_largest)
+minimum_of = _reduction(lambda x, axis: -_largest(-x, axis))
+xor_sum = _reduction(lambda x, axis: functools.reduce(torch.bitwise_xor, x.unbind(axis)))
+reduce_or = _reduction(lambda x, axis: functools.reduce(torch.bitwise_or, x.unbind(axis)))
+
+
+def sum_of(x: Tensor, axis: int | None = None, keep_dims: bool = False, dtype: Any = None) -> Tensor:
+    """A sum, of integers in at least 32 bits."""
+    if dtype is None and x.dtype.is_int() and x.dtype.int_bitwidth < 32:
+        dtype = tl.uint32 if x.dtype in (tl.uint8, tl.uint16) else tl.int32
+    wide = x if dtype is None else x.to(dtype)
+    return _reduction(lambda numbers, place: numbers.sum(place))(wide, axis, keep_dims)
+
+
+def reduce(input: Any, axis: int | None, combine_fn: Callable[..., Any], keep_dims: bool = False) -> Any:  # noqa: A002
+    """A tree of `combine_fn` along an axis, of one tensor or of several together."""
+    several = isinstance(input, (tuple, list))
+    parts = [_axis(x, axis)[0] for x in (input if several else [input])]
+    axis = 0 if axis is None else axis
+    layout = agree(*(x.layout for x in parts))
+    numbers = [x.data for x in parts]
+    while numbers[0].shape[axis] > 1:
+        halves = [x.chunk(2, axis) for x in numbers]
+        low, high = ([Tensor(h[i], x.dtype, layout) for h, x in zip(halves, parts, strict=True)] for i in (0, 1))
+        combined = combine_fn(*low, *high)
+        numbers = [x.data for x in (combined if isinstance(combined, (tuple, list)) else [combined])]
+    results = tuple(
+        Tensor(n if keep_dims else n.squeeze(axis), x.dtype, layout if keep_dims else _sliced(layout, axis))
+        for n, x in zip(numbers, parts, strict=True)
+    )
+    return results if several else results[0]
+
+
+def cumsum(x: Tensor, axis: int = 0, reverse: bool = False, dtype: Any = None) -> Tensor:
+    numbers = x.data.flip(axis) if reverse else x.data
+    summed = cut(numbers.cumsum(axis), x.dtype)
+    return Tensor(summed.flip(axis) if reverse else summed, x.dtype, x.layout)
+
+
+def join(a: Tensor, b: Tensor) -> Tensor:
+    x, y = a, b
+    agree(x.layout, y.layout)
+    if x.shape != y.shape or x.dtype != y.dtype:
+        raise EmulationError(f"join of {x!r} and {y!r}")
+    return Tensor(torch.stack([x.data, y.data], -1), x.dtype, INFERRED)
+
+
+def split(a: Tensor) -> tuple[Tensor, Tensor]:
+    if a.shape[-1] != 2:
+        raise EmulationError(f"split of {a.shape}: the last dimension is 2")
+    return Tensor(a.data[..., 0], a.dtype, INFERRED), Tensor(a.data[..., 1], a.dtype, INFERRED)
+
+
+def gather(src: Tensor, index: Tensor, axis: int) -> Tensor:
+    return Tensor(src.data.gather(axis, index.data.to(torch.int64)), src.dtype, index.layout)
+
+
+def map_elementwise(function: Callable[..., Any], *args: Any, pack: int = 1) -> Any:
+    """A scalar function of each element."""
+    if pack != 1:
+        raise EmulationError("map_elementwise with pack: not emulated")
+    tensors = [to_tensor(x) for x in args]
+    layout = agree(*(x.layout for x in tensors))
+    shape = torch.broadcast_shapes(*(x.shape for x in tensors))
+    columns = [x.data.expand(shape).flatten() for x in tensors]
+    made = [
+        function(*(Tensor(column[i], x.dtype) for column, x in zip(columns, tensors, strict=True)))
+        for i in builtins.range(len(columns[0]))
+    ]
+    several = isinstance(made[0], tuple)
+    rows = [one if several else (one,) for one in made]
+    results = tuple(
+        Tensor(torch.stack([row[k].data for row in rows]).reshape(shape), rows[0][k].dtype, layout)
+        for k in builtins.range(len(rows[0]))
+    )
+    return results if several else results[0]
+
+
+def program_id(axis: int = 0) -> Tensor:
+    return to_tensor(program().place[axis], tl.int32)
+
+
+def num_programs(axis: int = 0) -> Tensor:
+    return to_tensor(program().grid[axis], tl.int32)
+
+
+def num_warps() -> int:
+    return program().partition.num_warps
+
+
+def static_assert(condition: Any, message: str = "") -> None:
+    if isinstance(condition, Tensor):
+        raise EmulationError("static_assert of what is known on the device only")
+    if not condition:
+        raise EmulationError(f"static_assert: {message}")
+
+
+def device_assert(condition: Any, message: str = "", mask: Any = None) -> None:
+    held = to_tensor(condition).data
+    if mask is not None:
+        held = held | ~to_tensor(mask).data
+    if not held.all():
+        raise EmulationError(f"device_assert: {message}")
+
+
+def assume(condition: Any) -> None:
+    if not to_tensor(condition).data.all():
+        raise EmulationError("gl.assume of what does not hold")
+
+
+def multiple_of(x: Any, values: Any) -> Any:
+    divisors = [values] if isinstance(values, int) else list(values)
+    if isinstance(x, Tensor) and not x.shape and len(divisors) == 1 and int(x) % divisors[0]:
+        raise EmulationError(f"{int(x)} is no multiple of {divisors[0]}")
+    return x
+
+
+def as_is(x: Any, *_: Any) -> Any:
+    """Of a hint that changes nothing."""
+    return x
+
+
+def thread_barrier(*, cluster: bool = False) -> None:
+    """A barrier of the threads of a partition, which run as one here."""
+    program().turn()
+
+
+def warp_specialize(
+    functions_and_args: Sequence[tuple[Any, Any]], worker_num_warps: Sequence[int], worker_num_regs: Any = None
+) -> Any:
+    """Run the first function in the program's own warps and each other in some of its own, at once."""
+    if len(worker_num_warps) != len(functions_and_args) - 1:
+        raise EmulationError(f"{len(functions_and_args)} functions, {len(worker_num_warps)} numbers of warps")
+    if worker_num_regs is not None and len(worker_num_regs) != len(worker_num_warps):
+        raise EmulationError(f"{len(worker_num_regs)} numbers of registers, {len(worker_num_warps)} of warps")
+    warps = [program().partition.num_warps, *worker_num_warps]
+    jobs = []
+    for (function, arguments), count in zip(functions_and_args, warps, strict=True):
+        if jobs and any(isinstance(argument, Tensor) and argument.shape for argument in arguments):
+            raise EmulationError(f"{function.__name__} is given a tensor: only scalars reach other warps")
+        jobs.append((function.__name__, functools.partial(function, *arguments), count))
+    return program().specialise(jobs)
+
+
+def _ex2(x: Tensor) -> Tensor:
+    return exp2(x)
+
+
+# What inline PTX stands for, by a word in it.
+ASSEMBLY: dict[str, Callable[..., Any]] = {"ex2.approx": _ex2}
+NO_EFFECT = ("griddepcontrol", "setmaxnreg", "nanosleep", "fence.")
+
+
+def inline_asm_elementwise(
+    asm: str, constraints: str, args: Sequence[Any], dtype: Any, is_pure: bool, pack: int
+) -> Any:  # fmt: skip
+    """Known instructions; of those whose effect is not emulated, undefined numbers."""
+    for word, function in ASSEMBLY.items():
+        if word in asm:
+            return function(*(to_tensor(x) for x in args))
+    if any(word in asm for word in NO_EFFECT):
+        shape = torch.broadcast_shapes(*(to_tensor(x).shape for x in args)) if args else ()
+        layout = agree(*(to_tensor(x).layout for x in args))
+        types = dtype if isinstance(dtype, (tuple, list)) else (dtype,)
+        made = tuple(Tensor(undefined(shape, one), one, layout) for one in types)
+        return made if isinstance(dtype, (tuple, list)) else made[0]
+    raise EmulationError(
+        f"the emulator does not know this assembly; put it into a @gluon.jit function of its own and"
+        f" gluon_emulator.replace it: {asm.strip()}"
+    )
+
+
+def reshape(x: Tensor, *shape: Any) -> Tensor:
+    return x.reshape(*shape)
+
+
+def permute(x: Tensor, *order: Any) -> Tensor:
+    return x.permute(*order)
+
+
+def expand_dims(x: Tensor, axis: int) -> Tensor:
+    return x.expand_dims(axis)
+
+
+def broadcast(x: Any, y: Any) -> tuple[Tensor, Tensor]:
+    first, second = to_tensor(x), to_tensor(y)
+    shape = torch.broadcast_shapes(first.shape, second.shape)
+    return first.broadcast_to(shape), second.broadcast_to(shape)
+
+
+def cast_to(x: Any, dtype: tl.dtype, bitcast: bool = False) -> Tensor:
+    return to_tensor(x).to(dtype, bitcast=bitcast)
+
+
+def static_print(*_: Any) -> None:
+    """Nothing: it would tell the compiler's own values."""
+
+
+def bits_of(x: Tensor) -> Numbers:
+    """A tensor as it lies in memory, for replacements of assembly."""
+    return to_bits(x.data, x.dtype)

@@ -1,0 +1,265 @@
+"""One program of a launch: its partitions, which run one at a time in a random order, and what is under way meanwhile.
+
+Each partition is a thread; the one that holds the turn runs until it calls something that synchronises, where `turn`
+draws who goes on and which asynchronous operations (`Pending`) end meanwhile. Both are drawn from a seed that also says
+how: whether one partition outruns the others, whether copies end at once, at random, or only when nobody can go on.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gluon_emulator.values import EmulationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gluon_emulator.shared import Allocation, Barrier, Product
+
+HERE = str(Path(__file__).parent)
+SPEEDS = (1.0, 1.0, 1.0, 0.02, 30.0)
+ENDS = (0.0, 0.0, 0.05, 0.3, 0.9)  # how likely a copy ends at a turn
+
+
+class _Stopped(BaseException):
+    """Another partition has failed: this one ends."""
+
+
+@dataclass
+class Pending:
+    """An asynchronous operation that is under way.
+
+    Args:
+        what: it is, with the line that issued it.
+        end: does what is left of it.
+        partition: that issued it.
+    """
+
+    what: str
+    end: Callable[[], None]
+    partition: Partition
+
+
+@dataclass
+class Partition:
+    """Some warps of a program, which run one function together.
+
+    Args:
+        name: of the function.
+        num_warps: how many.
+        speed: how likely it goes on, beside the others.
+        fenced: when it last fenced its ordinary writes.
+        products: its warpgroup products, in order, that it has not waited for.
+        copies: its cp.async since the last commit; groups: those committed and not waited for.
+        stores: its TMA stores that it has not waited for.
+    """
+
+    name: str
+    num_warps: int
+    speed: float = 1.0
+    fenced: int = 0
+    products: list[Product] = field(default_factory=list)
+    copies: list[Pending] = field(default_factory=list)
+    groups: list[list[Pending]] = field(default_factory=list)
+    stores: list[Pending] = field(default_factory=list)
+    until: Callable[[], bool] | None = None
+    waits_for: str = ""
+    done: bool = False
+    line: str = ""
+    turn: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    error: BaseException | None = None
+
+
+class Program:
+    """One program of the grid.
+
+    Args:
+        place: its program ids.
+        grid: how many there are.
+        num_warps: of the default partition.
+        seed: of everything random in it.
+        shared_limit: bytes of shared memory it may have.
+    """
+
+    def __init__(
+        self, place: tuple[int, ...], grid: tuple[int, ...], num_warps: int, seed: str, shared_limit: int
+    ) -> None:
+        self.place = place
+        self.grid = grid
+        self.random = random.Random(seed)
+        self.ends = self.random.choice(ENDS)
+        self.shared_limit = shared_limit
+        self.shared_bytes = 0
+        self.clock = 1
+        self.partitions = [Partition("the program", num_warps)]
+        self.pending: list[Pending] = []
+        self.barriers: list[Barrier] = []
+        self.allocations: list[Allocation] = []
+        self.failed = False
+        self._here = threading.local()
+        self._here.partition = self.partitions[0]
+
+    @property
+    def partition(self) -> Partition:
+        """The one that runs."""
+        return self._here.partition
+
+    def start(self, what: str, end: Callable[[], None]) -> Pending:
+        """Let something be under way until `end` is called, sooner or later."""
+        operation = Pending(f"{what} of {kernel_line()}", end, self.partition)
+        self.pending.append(operation)
+        return operation
+
+    def turn(self, until: Callable[[], bool] | None = None, waits_for: str = "") -> None:
+        """Let others go on, and come back some time after `until` holds.
+
+        Raises:
+            EmulationError: it never will.
+        """
+        me = self.partition
+        me.line = kernel_line()
+        me.until, me.waits_for = until, waits_for
+        following = self._next()
+        if following is not me:
+            following.turn.release()
+            me.turn.acquire()
+            if self.failed:
+                raise _Stopped
+        me.until = None
+
+    def _next(self) -> Partition:
+        """Who goes on; meanwhile copies end."""
+        while self.pending and self.random.random() < self.ends:
+            self._end_one()
+        while True:
+            ready = [p for p in self.partitions if not p.done and (p.until is None or p.until())]
+            if ready:
+                return self.random.choices(ready, [p.speed for p in ready])[0]
+            if not self.pending:
+                raise EmulationError(self._deadlock())
+            self._end_one()
+
+    def _end_one(self) -> None:
+        self.pending.pop(self.random.randrange(len(self.pending))).end()
+
+    def _deadlock(self) -> str:
+        lines = ["no partition can go on:"]
+        lines += [f"  {p.name}, {p.line}: waits for {p.waits_for}" for p in self.partitions if not p.done]
+        lines += [f"  {barrier.describe()}" for barrier in self.barriers]
+        return "\n".join(lines)
+
+    def specialise(self, functions: list[tuple[str, Callable[[], Any], int]]) -> Any:
+        """Run functions at once, the first in the warps of the program; (name, function, warps) each.
+
+        Returns:
+            What the first returns.
+        """
+        if len(self.partitions) > 1:
+            raise EmulationError("warp_specialize within a partition, or a second one in a program: not emulated")
+        main, *others = functions
+        me = self.partitions[0]
+        me.name = main[0]
+        self.partitions += [Partition(name, warps) for name, _, warps in others]
+        for partition in self.partitions:
+            partition.speed = self.random.choice(SPEEDS)
+        threads = [
+            threading.Thread(target=self._run, args=(partition, function), daemon=True)
+            for partition, (_, function, _) in zip(self.partitions[1:], others, strict=True)
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            self.turn()
+            result = main[1]()
+            self.check_end(me)
+            self.turn(lambda: all(p.done for p in self.partitions[1:]), "the other partitions to end")
+        except BaseException as error:
+            self.failed = True
+            for partition in self.partitions[1:]:
+                partition.turn.release()
+            for thread in threads:
+                thread.join()
+            first = next((p.error for p in self.partitions if p.error is not None), None)
+            raise (first if first is not None and isinstance(error, _Stopped) else error)  # noqa: B904
+        for thread in threads:
+            thread.join()
+        return result
+
+    def _run(self, partition: Partition, function: Callable[[], Any]) -> None:
+        self._here.partition = partition
+        partition.turn.acquire()
+        try:
+            if self.failed:
+                return
+            function()
+            self.check_end(partition)
+            partition.done = True
+            self._next().turn.release()
+        except _Stopped:
+            pass
+        except BaseException as error:  # the main partition raises it
+            partition.error = error
+            partition.done = True
+            self.failed = True
+            self.partitions[0].turn.release()
+
+    def check_end(self, partition: Partition) -> None:
+        """Everything that a partition began has been waited for."""
+        left = [f"the product of {product.line}" for product in partition.products]
+        left += [copy.what for group in (*partition.groups, partition.copies) for copy in group]
+        left += [store.what for store in partition.stores]
+        if left:
+            raise EmulationError(f"{partition.name} ends without having waited for: {'; '.join(left)}")
+
+    def finish(self) -> None:
+        """What must hold when a program ends."""
+        self.check_end(self.partitions[0])
+        if self.pending:
+            raise EmulationError(f"the program ends before {self.pending[0].what}")
+        for barrier in self.barriers:
+            barrier.check_end()
+
+
+def kernel_line() -> str:
+    """The line of the kernel that is running, "file:line in function"."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(HERE):
+        frame = frame.f_back
+    if frame is None:
+        return "?"
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def where(error: BaseException) -> str:
+    """The lines of the kernel that led to an error, the innermost last."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(HERE)]
+    return " < ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in reversed(frames))
+
+
+_current: list[Program] = []
+
+
+def program() -> Program:
+    """The program that runs."""
+    if not _current:
+        raise EmulationError("this stands for something on the device: call it within a @gluon.jit function")
+    return _current[-1]
+
+
+def running(one: Program) -> Any:
+    """A context in which `one` runs."""
+
+    class _Running:
+        def __enter__(self) -> None:
+            _current.append(one)
+
+        def __exit__(self, *_: object) -> None:
+            _current.pop()
+
+    return _Running()
