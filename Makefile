@@ -36,12 +36,13 @@ unit: $(VENV)/tests.done
 	@echo "==> tests without an engine"
 	$(BIN)/python -m pytest -q tests/unit tests/reference tests/adapters tests/package
 
-# Triton's interpreter must be chosen before triton is imported, and compiling needs it off: a process for each.
+# Triton's interpreter must be chosen before triton is imported, and compiling needs it off: a process for each. Both
+# compute without threads: two workers.
 kernels: $(VENV)/tests.done
 	@echo "==> the Triton kernels under the interpreter, on the CPU, against the reference"
-	$(BIN)/python -m pytest -q tests/interpreter
+	$(BIN)/python -m pytest -q -n 2 tests/interpreter
 	@echo "==> every kernel compiled for every GPU target, without a GPU"
-	$(BIN)/python -m pytest -q tests/compile
+	$(BIN)/python -m pytest -q -n 2 tests/compile
 
 # Not in `make test`, since it fetches about 1 GB once, of which 260 MB of Python stay: VLLM_RELEASES="0.24.0 0.27.1" make contract for others.
 contract: $(VENV)/tests.done
