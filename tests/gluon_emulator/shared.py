@@ -196,8 +196,7 @@ class SharedMemory:
         if not isinstance(value, Tensor) or value.shape != self.shape or value.dtype != self.dtype:
             raise EmulationError(f"{value!r} is stored into {self.dtype}{self.shape} of shared memory")
         program().turn()
-        self.write(value.data)
-        self.mark_written(program().partition)
+        self.write_ordinarily(value.data, program().partition)
 
     # What the machine does.
     def read(self) -> Numbers:
@@ -214,12 +213,16 @@ class SharedMemory:
         size = itemsize(self.dtype)
         self.allocation.written.view(-1, size)[self.places] = 0
 
-    def mark_written(self, writer: Partition) -> None:
-        """Remember that a partition has written it, not seen by asynchronous readers until there is a fence."""
+    def write_ordinarily(self, numbers: Numbers, writer: Partition) -> None:
+        """Write, and remember what changed: asynchronous readers see that past a fence only."""
         one, size = program(), itemsize(self.dtype)
+        elements = self.allocation.bytes.view(BITS[size])
+        bits = to_bits(numbers, self.dtype)
+        changed = self.places[elements[self.places] != bits]
+        elements[self.places] = bits
         one.clock += 1
-        self.allocation.written.view(-1, size)[self.places] = one.clock
-        self.allocation.writer.view(-1, size)[self.places] = one.partitions.index(writer)
+        self.allocation.written.view(-1, size)[changed] = one.clock
+        self.allocation.writer.view(-1, size)[changed] = one.partitions.index(writer)
         self.allocation.last_written = one.clock
 
     def check_fenced(self, reader: str) -> None:
@@ -453,8 +456,7 @@ def async_copy(
     me = one.partition
 
     def end() -> None:
-        smem.write(numbers() if late else early)
-        smem.mark_written(me)
+        smem.write_ordinarily(numbers() if late else early, me)
 
     me.copies.append(one.start("the cp.async", end))
     one.turn()
