@@ -23,6 +23,6 @@ def __getattr__(name: str) -> type[Any]:
     if name.startswith(_DECIDED):
         kind, _, member = name.removeprefix(_DECIDED).partition("_")
         return selection.decided(kind, member)
-    if name == "CUSTOM" or name in selection.DENSE_MEMBERS or name in selection.MLA_MEMBERS:
+    if name in ("CUSTOM", *selection.DENSE_MEMBERS, *selection.MLA_MEMBERS, *selection.PACKED_MEMBERS):
         return selection.answer(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,7 +4,7 @@
 | --- | --- | --- |
 | unset | CUSTOM, and CPU_ATTN because a CPU asks for nothing else | ours for CUSTOM; the stock class otherwise |
 | auto | CUSTOM and every member that vLLM's own priority lists walk | ours where it serves, else the stock class |
-| on | the same | ours, or an error with every reason |
+| on | the same, and the members whose caches have a format of their own | ours, or an error with every reason |
 | off | nothing | - |
 
 vLLM resolves a registered path each time it needs the class (see the ledger in `bridge`), so the answer is given then,
@@ -54,6 +54,8 @@ MLA_MEMBERS = (
     "CPU_MLA",
     "AMX_MLA",
 )
+# They read caches of formats of their own. With `on` they are ours as well, so that no layer goes past the refusal.
+PACKED_MEMBERS = ("TURBOQUANT", "ULTRAQUANT")
 # Models whose layers ask for what no configuration tells.
 UNSERVED_MODELS = {
     "Rnj1ForCausalLM": "attention in chunks that look back (chunk_lookback) is not supported",
@@ -84,6 +86,8 @@ def register(chosen: Selection) -> None:
     members = ["CUSTOM", *CPU_MEMBERS]
     if chosen.mode is not None:
         members += [*DENSE_MEMBERS, *MLA_MEMBERS]
+    if chosen.mode == "on":
+        members += PACKED_MEMBERS
     present = bridge.override(dict.fromkeys(members), MODULE)
     log.debug("registered for %s", ", ".join(present))
 

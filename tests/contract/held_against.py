@@ -300,6 +300,13 @@ def the_choice_on_a_gpu() -> None:
                 else:
                     expect(mode == "auto" and found is Stock, f"{mode}, refused: {found} is chosen")
             expect(chosen() is dense.backend_for("FLASH_ATTN"), f"{mode}: a refusal is not forgotten")
+        packed = "turboquant_4bit_nc"
+        try:
+            found = chosen(kv_cache_dtype=packed)
+        except ValueError as error:
+            expect(packed in str(error), f"a cache of {packed} is refused without its name: {error}")
+        else:
+            problems.append(f"on, a cache of {packed}: {found} is chosen")
         for dtype, tower in ((torch.bfloat16, "FLASH_ATTN"), (torch.float32, "TORCH_SDPA")):
             found = Hopper.get_vit_attn_backend(80, dtype).name
             expect(found == tower and Stock.asked == (80,), f"a vision tower in {dtype} gets {found}")
