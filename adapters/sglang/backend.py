@@ -15,7 +15,7 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from taut.adapters.sglang import bridge, layers, selection
-from taut.adapters.sglang.steps import Batch, Steps, TautMetadata, batch_of
+from taut.adapters.sglang.steps import Batch, Steps, TautMetadata, batch_of, refuse_trees
 from taut.common_kernels.providers import registry
 
 if TYPE_CHECKING:
@@ -69,8 +69,8 @@ class TautBackend(AttentionBackend):
         )
         self.max_tokens = most_tokens(arguments)
         self.workspaces: dict[tuple[Problem, bool], Workspace] = {}
-        # Kept as long as we are: graphs read what these own.
-        self.captured: dict[Any, TautMetadata] = {}
+        # By mode and rows, the last one captured last. Kept as long as we are: graphs read what these own.
+        self.captured: dict[tuple[Any, int], list[TautMetadata]] = {}
         self._workspace_rows = 0
         self._sinks: dict[Any, tuple[Tensor, int | None]] = {}
         found = bridge.attention_layers(getattr(model_runner, "model", None))
@@ -109,16 +109,28 @@ class TautBackend(AttentionBackend):
         self._prepare(metadata)
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
-        """Before a graph is captured, and before it is replayed: all that a replay needs is in the graph itself."""
-        if in_capture or forward_batch.forward_mode.is_extend_without_speculative():
-            self.forward_metadata = self.steps.metadata(batch_of(forward_batch, in_graph=True))
+        """Before a graph is captured, and before it is replayed.
+
+        A replay needs nothing that its graph does not hold. Where SGLang captures whole prompts its graph holds nothing
+        of the metadata, so they are made ready here each time, in the buffers that the graph reads.
+        """
+        prompts = forward_batch.forward_mode.is_extend_without_speculative()
+        if in_capture or prompts:
+            metadata = self.steps.metadata(batch_of(forward_batch, in_graph=True))
             if in_capture:
-                self.captured[len(self.captured)] = self.forward_metadata
+                self._keep(forward_batch.forward_mode, metadata)
+            self.forward_metadata = metadata
+            if prompts:
+                self._prepare(metadata)
+        elif kept := self.captured.get((forward_batch.forward_mode, forward_batch.batch_size)):
+            self.forward_metadata = kept[-1]
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
-        """What a graph holds of the metadata: lengths and schedules, a launch each."""
-        assert self.forward_metadata is not None
-        self._prepare(self.forward_metadata)
+        """What a graph holds of the metadata: lengths and schedules, a launch each, out of the batch's own tensors."""
+        metadata = self.steps.metadata(batch_of(forward_batch, in_graph=True))
+        self._keep(forward_batch.forward_mode, metadata)
+        self.forward_metadata = metadata
+        self._prepare(metadata)
 
     def init_forward_metadata_capture_cuda_graph(
         self,
@@ -132,6 +144,7 @@ class TautBackend(AttentionBackend):
         *_: Any,
     ) -> None:
         """Releases before 0.5.13: before a graph is captured."""
+        refuse_trees(spec_info)
         queries = num_tokens // bs
         batch = Batch(
             req_pool_indices[:bs],
@@ -142,7 +155,8 @@ class TautBackend(AttentionBackend):
             queries,
             queries if forward_mode.is_target_verify() else 0,
         )
-        self.captured[bs, forward_mode] = self.forward_metadata = metadata = self.steps.metadata(batch)
+        self.forward_metadata = metadata = self.steps.metadata(batch)
+        self._keep(forward_mode, metadata)
         self._prepare(metadata)
 
     def init_forward_metadata_replay_cuda_graph(
@@ -158,9 +172,13 @@ class TautBackend(AttentionBackend):
         **__: Any,
     ) -> None:
         """Releases before 0.5.13: before a graph is replayed; its tensors lie where they lay when it was captured."""
-        self.forward_metadata = metadata = self.captured[bs, forward_mode]
+        self.forward_metadata = metadata = self.captured[forward_mode, bs][-1]
         metadata.batch = replace(metadata.batch, seq_lens=seq_lens[:bs])
         self._prepare(metadata)
+
+    def _keep(self, forward_mode: Any, metadata: TautMetadata) -> None:
+        """Keep what a graph reads as long as we are."""
+        self.captured.setdefault((forward_mode, metadata.batch.rows), []).append(metadata)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *_: Any, **__: Any) -> None:
         """Room for whatever a graph holds, before the first is captured.

@@ -34,6 +34,7 @@ CAPTURE_PROBES = ("is_in_piecewise_cuda_graph", "is_in_tc_piecewise_cuda_graph",
 BASE = "sglang.srt.layers.attention.base_attn_backend"
 SWA_POOL = "sglang.srt.mem_cache.swa_memory_pool"
 CONFIGS = "sglang.srt.utils.hf_transformers_utils"
+SPECULATION = "sglang.srt.speculative.spec_info"
 BUILDERS = ("init_attention_backends", "init_attention_backend")
 
 LEDGER = (
@@ -175,6 +176,15 @@ LEDGER = (
         detected="getattr; taken away when read, since releases before 0.5.23 leave it there for the next layer",
         why="nothing is copied afterwards",
         ends="never",
+    ),
+    Touch(
+        what="topk and spec_input_type of a batch's spec_info: whether drafts are a tree",
+        since="0.5.11",
+        until="",
+        detected="getattr",
+        why="a chain's mask is causal, a tree's is not",
+        ends="when masks of a batch's own are supported",
+        probe=lambda: _has(SPECULATION, "SpecInputType"),
     ),
     Touch(
         what="get_config: a model's configuration, with the user's overrides",
@@ -420,6 +430,12 @@ def has_slots_of_its_own(pool: Any, layer_id: int) -> bool:
     """Whether a layer's keys lie in the windowed part of a hybrid pool."""
     mapping = getattr(pool, "layers_mapping", None)
     return bool(mapping is not None and mapping[layer_id][1])
+
+
+def is_tree(drafts: Any) -> bool:
+    """Whether drafts that are to be verified may be a tree: several from one node, or what n-grams found."""
+    kind = getattr(getattr(drafts, "spec_input_type", None), "name", "")
+    return kind == "NGRAM_VERIFY" or (getattr(drafts, "topk", None) or 1) > 1
 
 
 def take_output(batch: Any) -> Tensor | None:

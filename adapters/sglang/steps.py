@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from taut.adapters.sglang import bridge
 from taut.common_kernels.step import PageTable, Step
 
 if TYPE_CHECKING:
@@ -56,6 +57,9 @@ def batch_of(forward_batch: Any, *, in_graph: bool) -> Batch:
     Args:
         forward_batch: of any mode but idle.
         in_graph: whether it is about to be captured or replayed: then nothing but shapes may be asked of it.
+
+    Raises:
+        ValueError: it verifies a tree of drafts.
     """
     mode, rows = forward_batch.forward_mode, forward_batch.batch_size
     request_rows, seq_lens = forward_batch.req_pool_indices[:rows], forward_batch.seq_lens[:rows]
@@ -63,6 +67,7 @@ def batch_of(forward_batch: Any, *, in_graph: bool) -> Batch:
         return Batch(request_rows, seq_lens, rows)
     tokens = int(forward_batch.input_ids.shape[0])
     if mode.is_target_verify():
+        refuse_trees(forward_batch.spec_info)
         queries = int(getattr(forward_batch.spec_info, "draft_token_num", None) or tokens // rows)
         return Batch(request_rows, seq_lens, tokens, queries, None, queries, queries)
     if in_graph and is_draft_extend(mode):
@@ -70,6 +75,21 @@ def batch_of(forward_batch: Any, *, in_graph: bool) -> Batch:
     counts_on_host = None if in_graph else forward_batch.extend_seq_lens_cpu
     longest = max(counts_on_host[:rows], default=0) if counts_on_host is not None else tokens
     return Batch(request_rows, seq_lens, tokens, 0, forward_batch.extend_seq_lens[:rows], int(longest))
+
+
+def refuse_trees(drafts: Any) -> None:
+    """Let pass what verifies a chain of drafts; the mask of a tree is not one of ours.
+
+    `argument_refusals` says so before SGLang serves: this is for who builds batches without its arguments.
+
+    Raises:
+        ValueError: the drafts are a tree.
+    """
+    if bridge.is_tree(drafts):
+        raise ValueError(
+            "taut attention cannot serve this batch: it verifies a tree of drafts, and a mask of its own (custom_mask) "
+            "is not supported, only chains: --speculative-eagle-topk 1"
+        )
 
 
 def is_draft_extend(mode: Any) -> bool:
