@@ -7,7 +7,7 @@ import sys
 import typer
 
 import taut
-from taut.cli import UserError, demo, doctor
+from taut.cli import UserError, audit, demo, doctor
 from taut.common_kernels.providers import ProviderError
 from taut.engine_plugins.settings import SettingsError
 
@@ -17,6 +17,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("audit")(audit.command)
 app.command("demo")(demo.command)
 app.command("doctor")(doctor.command)
 

@@ -34,6 +34,7 @@ BACKEND = "vllm.v1.attention.backend"
 REGISTRY = "vllm.v1.attention.backends.registry"
 CUDA = "vllm.platforms.cuda"
 MLA = "vllm.model_executor.layers.attention.mla_attention"
+GROUP = "vllm.v1.worker.utils:AttentionGroup"
 # What the builder reads of vLLM's batch.
 STEP_FIELDS = frozenset(
     {
@@ -390,6 +391,24 @@ LEDGER = (
         ends="when the CPU platform honours the selected backend",
         probe=_has(f"{REGISTRY}:AttentionBackendEnum.CPU_MLA"),
     ),
+    Touch(
+        what="the model runner's attn_groups: for each kind of layer the builders of metadata and the layers' names",
+        since="0.20.2",
+        until="",
+        detected="a field metadata_builders of AttentionGroup",
+        why="`taut audit` stands in for their methods, whatever the backend; nothing else uses it",
+        ends="when vLLM tells how a step spends its time in attention",
+        probe=lambda: "metadata_builders" in {item.name for item in dataclasses.fields(_resolve(GROUP))},
+    ),
+    Touch(
+        what="a worker holds its model runner as model_runner, which runs a step with execute_model(scheduler_output)",
+        since="0.20.2",
+        until="",
+        detected="the parameters of Worker.execute_model",
+        why="`taut audit` tells one step from the next by it; LLM.collective_rpc hands the worker over",
+        ends="with the entry above",
+        probe=_takes("vllm.v1.worker.worker_base:WorkerBase.execute_model", "scheduler_output"),
+    ),
 )
 
 
@@ -623,3 +642,33 @@ def prefill_through(builder: Any, prefill: Any) -> None:
         builder._use_fi_prefill = builder._use_cudnn_prefill = builder._use_trtllm_ragged_prefill = False
         builder.prefill_metadata_cls = MLACommonPrefillMetadata
         builder._workspace_buffer = builder.cudnn_workspace = None
+
+
+@dataclasses.dataclass(frozen=True)
+class AuditedParts:
+    """What of a worker an audit stands in for.
+
+    Args:
+        runner: runs a step with `execute_model`.
+        builders: of metadata, with `build`.
+        layers: by their names, with `forward` and `impl`.
+    """
+
+    runner: Any
+    builders: list[Any]
+    layers: dict[str, Any]
+
+
+def audited_parts(worker: Any) -> AuditedParts:
+    """The parts of a worker whose steps are audited, as `LLM.collective_rpc` hands it over."""
+    runner = getattr(worker, "worker", worker).model_runner
+    groups = [group for of_cache in runner.attn_groups for group in of_cache]
+    names = [name for group in groups for name in group.layer_names]
+    found = layers(runner.vllm_config, names)
+    builders = [builder for group in groups for builder in group.metadata_builders]
+    return AuditedParts(runner, builders, dict(zip(names, found, strict=True)))
+
+
+def audited_batch(arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """The `CommonAttentionMetadata` among the arguments of a builder's `build`."""
+    return named["common_attn_metadata"] if "common_attn_metadata" in named else arguments[1]

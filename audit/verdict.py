@@ -1,0 +1,247 @@
+"""Findings out of records, two backends side by side, and what fails. Pure: data in, data out."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from taut.audit.floor import floor_bytes, split_bytes
+from taut.audit.operations import KINDS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from taut.audit.records import Event, Place, Run, Scope, Step
+
+# What can be asked to fail: what is counted of a step and no result needs, and what is judged of a whole run.
+WASTE = ("syncs", "h2d", "d2h", "copies", "fills", "allocations")
+JUDGED = (*WASTE, "compiled", "not_finite")
+ADVICE = {
+    "syncs": "keep the number on the device, or take the host's own copy of it",
+    "h2d": "upload once a step from pinned memory, without waiting, or compute it on the device",
+    "d2h": "keep it on the device, or take the host's own copy of it",
+    "copies": "let the kernel take strides, or write where the result belongs",
+    "fills": "let the kernel write what nobody else does; nothing has to be filled beforehand",
+    "allocations": "keep the buffer from step to step, with whoever owns the step",
+    "compiled": "compile it before the engine serves, for every shape that a step can have",
+    "not_finite": "let the kernel write zeros where a row has no work",
+    "frozen_splits": "choose the number of splits on the device, from the live lengths",
+}
+ON_A_CPU = "on a CPU host and device are one: copies between them are seen on a GPU alone"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a run does and no result needs, with the line that asks for it.
+
+    Args:
+        kind: one of `JUDGED`, or "frozen_splits".
+        phase: "decode" or "prefill"; "run" for what belongs to no step.
+        scope: "metadata" or "layer".
+        by: "backend", or "engine" for what the engine does around it, which no verdict counts.
+        operation: its name.
+        count: times a step, all layers together.
+        layers: how many layers do it.
+        size: bytes that it moves or takes in a step, all layers together; None where it is not known.
+        at: the innermost line that is not torch's.
+        through: the innermost line in the backend's own files.
+        advice: what to do about it.
+    """
+
+    kind: str
+    phase: str
+    scope: str
+    by: str
+    operation: str
+    count: float
+    layers: int
+    size: int | None
+    at: Place | None
+    through: Place | None
+    advice: str
+
+    @property
+    def where(self) -> str:
+        """The line to look at: the backend's own, and the one below it that did it."""
+        if self.through is None or self.through == self.at:
+            return str(self.at or self.through or "?")
+        return f"{self.through} > {self.at}"
+
+
+@dataclass
+class Row:
+    """What one scope, or several alike, does in a step.
+
+    Args:
+        name: of the scope, or of the first and the last of those alike.
+        scopes: how many are alike.
+        counts: by kind, of one of them, what the backend does.
+        scratch: bytes that one of them allocates and does not return.
+        moved: bytes that its fills, copies and other operations of torch's move beside the kernels.
+        floor: bytes that its attention must move at least; None for metadata.
+        split_traffic: bytes of partial results; None where it is not known.
+    """
+
+    name: str
+    scopes: int
+    counts: dict[str, float]
+    scratch: float
+    moved: float
+    floor: float | None = None
+    split_traffic: float | None = None
+
+
+@dataclass
+class Summary:
+    """A run, judged.
+
+    Args:
+        phase: "decode" or "prefill".
+        steps: how many were recorded of it.
+        rows: metadata, then the layers, those alike together.
+        totals: by kind what a step does, all scopes together; None where it cannot be seen.
+        findings: the backend's first, those of the most bytes and counts first.
+        unknown: by kind, why it cannot be seen.
+    """
+
+    phase: str
+    steps: int
+    rows: list[Row] = field(default_factory=list)
+    totals: dict[str, float | None] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    unknown: dict[str, str] = field(default_factory=dict)
+
+
+def summary(run: Run, phase: str) -> Summary:
+    """What the steps of one phase do, on average."""
+    steps = [step for step in run.steps if step.kind == phase]
+    unknown = {"h2d": ON_A_CPU, "d2h": ON_A_CPU} if run.device == "cpu" else {}
+    if run.padding is None or run.padding.finite is None:
+        unknown["not_finite"] = run.padding.says if run.padding else "no rows without work were tried"
+    rows = _alike(_rows(run, steps))
+    totals: dict[str, float | None] = {
+        kind: sum(row.scopes * row.counts.get(kind, 0) for row in rows) for kind in KINDS
+    }
+    compiled = sum(len(step.compiled) for step in steps) / max(1, len(steps))
+    totals |= {"compiled": compiled, "not_finite": _not_finite(run)}
+    totals |= dict.fromkeys(unknown)
+    return Summary(phase, len(steps), rows, totals, _findings(run, steps, phase), unknown)
+
+
+def failures(judged: Summary, kinds: Iterable[str]) -> list[str]:
+    """What fails of what was asked to, as sentences."""
+    said = []
+    for kind in kinds:
+        count = judged.totals[kind]
+        if count is None:
+            said.append(f"{kind}: not seen here ({judged.unknown[kind]})")
+        elif count:
+            said.append(f"{kind}: {count:g} a {judged.phase} step")
+    return said
+
+
+def _not_finite(run: Run) -> float | None:
+    if run.padding is None or run.padding.finite is None:
+        return None
+    return 0 if run.padding.finite else run.padding.rows
+
+
+def _rows(run: Run, steps: Sequence[Step]) -> list[Row]:
+    """A row for each scope, averaged over the steps."""
+    layers = {layer.name: layer for layer in run.layers}
+    found: dict[str, Row] = {}
+    for step in steps:
+        for scope in step.scopes:
+            row = found.setdefault(scope.name, Row(scope.name, 1, defaultdict(float), 0.0, 0.0))
+            for event in _backends(scope):
+                for kind, count in event.kinds.items():
+                    row.counts[kind] += count / len(steps)
+                row.scratch += (0 if event.kinds.get("outputs") else event.taken) / len(steps)
+                row.moved += (event.moved or 0) / len(steps)
+            if scope.name in layers and step.lengths:
+                layer = layers[scope.name]
+                row.floor = (row.floor or 0.0) + floor_bytes(layer, step.lengths, step.tokens) / len(steps)
+                splits = [count for event in scope.events for count in event.splits.values()]
+                if splits:
+                    traffic = split_bytes(step.tokens, layer.q_heads, max(splits), layer.value_size)
+                    row.split_traffic = (row.split_traffic or 0.0) + traffic / len(steps)
+    return list(found.values())
+
+
+def _alike(rows: Sequence[Row]) -> list[Row]:
+    """Rows that differ in their name alone as one, in the order of the first of each."""
+    groups: dict[object, list[Row]] = defaultdict(list)
+    for row in rows:
+        counted = {kind: count for kind, count in row.counts.items() if count}
+        key = tuple(sorted(counted.items())), row.scratch, row.moved, row.floor, row.split_traffic
+        groups[key if row.floor is not None else row.name].append(row)
+    return [
+        Row(
+            group[0].name if len(group) == 1 else f"{group[0].name} … {group[-1].name}",
+            len(group),
+            {kind: count for kind, count in group[0].counts.items() if count},
+            group[0].scratch,
+            group[0].moved,
+            group[0].floor,
+            group[0].split_traffic,
+        )
+        for group in groups.values()
+    ]
+
+
+def _backends(scope: Scope) -> list[Event]:
+    return [event for event in scope.events if event.by == "backend"]
+
+
+class _Group(NamedTuple):
+    """What events have in common that are one finding."""
+
+    kind: str
+    what: str
+    by: str
+    operation: str
+    at: Place | None
+    through: Place | None
+
+
+def _findings(run: Run, steps: Sequence[Step], phase: str) -> list[Finding]:
+    groups: dict[_Group, list[tuple[str, Event]]] = defaultdict(list)
+    for step in steps:
+        for scope in step.scopes:
+            for event in scope.events:
+                for kind in WASTE:
+                    if event.kinds.get(kind):
+                        group = _Group(kind, scope.what, event.by, event.name, event.at, event.through)
+                        groups[group].append((scope.name, event))
+    found = []
+    for group, events in groups.items():
+        sizes = [event.taken if group.kind == "allocations" else event.moved for _, event in events]
+        known = [size for size in sizes if size is not None]
+        found.append(
+            Finding(
+                group.kind,
+                phase,
+                group.what,
+                group.by,
+                group.operation,
+                sum(event.kinds[group.kind] for _, event in events) / len(steps),
+                len({name for name, _ in events}) if group.what == "layer" else 0,
+                sum(known) // len(steps) if len(known) == len(sizes) else None,
+                group.at,
+                group.through,
+                ADVICE[group.kind],
+            )
+        )
+    found.sort(key=lambda finding: (finding.by != "backend", WASTE.index(finding.kind), -finding.count))
+    compiled = Counter(name for step in steps for name in step.compiled)
+    for name, times in compiled.items():
+        found.append(_of_run("compiled", phase, name, times / len(steps)))
+    if run.padding is not None and run.padding.finite is False:
+        found.append(_of_run("not_finite", "run", run.padding.says, run.padding.rows))
+    found += [_of_run("frozen_splits", "run", name, count) for name, count in run.captured_splits.items()]
+    return found
+
+
+def _of_run(kind: str, phase: str, operation: str, count: float) -> Finding:
+    return Finding(kind, phase, "run", "backend", operation, count, 0, None, None, None, ADVICE[kind])
