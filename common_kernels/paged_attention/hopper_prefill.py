@@ -38,12 +38,13 @@ from taut.common_kernels.paged_attention.hopper_softmax import (
     sees_any,
 )
 
-load_box = first_of(tma, TMA_LOADS)
-gather = first_of(async_copy, TMA_LOADS)
+tma_load = first_of(tma, TMA_LOADS)
+gather_load = first_of(async_copy, TMA_LOADS)
 thread_barrier = first_of(gl, THREAD_BARRIERS)
 reinterpret = first_of(gl.shared_memory_descriptor, ("reinterpret", "_reinterpret"))
 
-BOX_COLUMNS = gl.constexpr(64)  # elements of a box's row: 128 bytes, as wide as the swizzle
+COLUMNS_OF_BOX = 64  # elements of a box's row: 128 bytes, as wide as the swizzle
+BOX_COLUMNS = gl.constexpr(COLUMNS_OF_BOX)
 
 
 @gluon.jit
@@ -115,14 +116,14 @@ def load_tiles(
         for box in gl.static_range(BOXES):
             at = 0 if PAGE_SIZE == BOX and PAGED else place
             for column in gl.static_range(K_COLUMNS):
-                load_box(
+                tma_load(
                     key,
                     [pages[box], kv_head, at, column * BOX_COLUMNS],
                     k_full.index(stage),
                     k_ring.index((stage * K_COLUMNS + column) * BOXES + box),
                 )
             for column in gl.static_range(K_TAIL_COLUMNS):
-                load_box(
+                tma_load(
                     key,
                     [pages[box], kv_head, at, HEAD_MAIN + column * BOX_COLUMNS],
                     k_full.index(stage),
@@ -133,7 +134,7 @@ def load_tiles(
         for box in gl.static_range(BOXES):
             at = 0 if PAGE_SIZE == BOX and PAGED else place
             for column in gl.static_range(V_COLUMNS):
-                load_box(
+                tma_load(
                     value,
                     [pages[box], kv_head, at, column * BOX_COLUMNS],
                     v_full.index(stage),
@@ -216,7 +217,7 @@ def gather_columns(
         seen = (keys >= first_seen) & (keys < end_seen)
         page = gl.load(table_row + keys // PAGE_SIZE, mask=seen, other=0)
         slots = page.to(gl.int64) * page_stride + (keys % PAGE_SIZE) * token_stride
-        gather(
+        gather_load(
             target.slice(first, ROWS, dim=0),
             (source + columns)[None, :] + slots[:, None],
             mask=seen[:, None] & (columns >= 0)[None, :],
@@ -312,6 +313,23 @@ def weigh(
 
 
 @gluon.jit
+def worked_out(total):
+    """`total`, a sum of weights, as it is; what is waited for after this is not waited for before it is known.
+
+    The assembler moves a wait for products ahead of arithmetic that has nothing to do with it, here that of the
+    softmax, which is to be done under them. It does not move it past an instruction that may end the program.
+    """
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred never; .reg .b32 zero; setp.lt.f32 never, $1, 0f00000000; mov.b32 zero, 0; @never st.shared.f32 [zero], $1; mov.b32 $0, $1; }",
+        "=f,f",
+        [total],
+        dtype=gl.float32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def attend_tile(
     i,  # the number of the tile, from 1 on
     acc,
@@ -367,11 +385,12 @@ def attend_tile(
         scores, total, top, start + i * BLOCK_N, positions, length, row_slopes, left, right, score_scale, cap,
         MASKED, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, HAS_SLOPES, BLOCK_N,
     )  # fmt: skip
-    acc, p = warpgroup_mma_wait(0, deps=[acc, p])
+    next_p = gl.convert_layout(weights.to(p.dtype), p.type.layout)
+    total = worked_out(total)
+    acc, _ = warpgroup_mma_wait(0, deps=[acc, p])  # the old weights are read until the product is done
     mbarrier.arrive(v_free.index(before), count=1)
     acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, acc.type.layout))[:, None]
-    p = gl.convert_layout(weights.to(p.dtype), p.type.layout)
-    return acc, total, top, p
+    return acc, total, top, next_p
 
 
 @gluon.jit
@@ -615,8 +634,9 @@ def prefill_kernel(
         return
     first_position = length - (row_end - first_query)
     queries = gl.minimum(row_end - first_query, QUERIES)
-    table_row = table
+    table_row = query_starts  # of no meaning without a table
     if PAGED:
+        table_row = table
         if row < rows:
             if table_rows is None:
                 table_row = table + row.to(gl.int64) * table_stride

@@ -1,0 +1,252 @@
+"""`paged_attention` and `ragged_attention` on Hopper: as `triton_kernel`, with kernels in Gluon.
+
+What a tile table tells (see `tiles`), under `hopper_paged_prefill`; facts as there. `keys` of a tile; `stages` of the
+ring; `pack`, how many heads that share their keys are taken together; `registers` of a thread that attends and
+`load_registers` of one that loads: together, of three warpgroups, no more than a multiprocessor has.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from taut.common_kernels.paged_attention import triton_kernel as portable
+from taut.common_kernels.paged_attention.hopper_prefill import COLUMNS_OF_BOX, prefill_kernel
+from taut.common_kernels.paged_attention.triton_kernel import halves, tile_facts
+from taut.common_kernels.tiles import table_for
+from taut.common_kernels.workspace import device_facts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from taut.common_kernels.kernels import Workspace
+    from taut.common_kernels.step import Mask, Step
+    from taut.common_kernels.tiles import Tile
+
+SMALLEST_BOX = 16  # keys: smaller pages are gathered
+ALIGNMENT = 16  # bytes, of everything that the copy engine is given
+
+workspace = portable.workspace
+
+
+def box_of(page_size: int, keys: int) -> int:
+    """Keys that the copy engine brings at once for a tile of so many; 0 where pages are too small or odd for it."""
+    if page_size % keys == 0:
+        return keys
+    return page_size if page_size >= SMALLEST_BOX and keys % page_size == 0 else 0
+
+
+def aligned(tensor: Tensor, elements: int) -> bool:
+    """Whether rows of a tensor lie in one piece and begin at multiples of so many elements, and the tensor at 16 bytes."""
+    strides = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+    return (
+        tensor.data_ptr() % ALIGNMENT == 0
+        and tensor.stride(-1) == 1
+        and all(stride > 0 and stride % elements == 0 for stride in strides[:-1])
+    )
+
+
+def boxes_of(keys: Tensor, box: int) -> TensorDescriptor:
+    """Keys or values [pages, P, Hk, D] for the copy engine, [pages, Hk, P, D] in boxes of some keys and 64 columns."""
+    by_head = keys.permute(0, 2, 1, 3)
+    # The stride of a dimension of one is of no meaning, and may be none that the engine takes.
+    strides = [
+        stride if size > 1 else ALIGNMENT for size, stride in zip(by_head.shape, by_head.stride(), strict=True)
+    ]
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    return TensorDescriptor(keys, list(by_head.shape), [*strides[:-1], 1], [1, 1, box, COLUMNS_OF_BOX], layout)
+
+
+def prefill_tile(query: Tensor, key: Tensor, value: Tensor, table_path: str | None) -> Tile:
+    """The tile of the prefill kernel."""
+    facts = device_facts(str(query.device))
+    table = table_for(facts.target, facts.shared_memory, table_path)
+    group = query.shape[1] // key.shape[-2]
+    return table.tile(
+        "hopper_paged_prefill", tile_facts(group, query.shape[-1], value.shape[-1], query.dtype, key.dtype)
+    )
+
+
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    step: Step,
+    mask: Mask,
+    out: Tensor,
+    *,
+    scale: float,
+    lse: Tensor | None = None,
+    key_scale: Tensor | None = None,  # noqa: ARG001 - of quantised caches, which this provider leaves to `triton`
+    value_scale: Tensor | None = None,  # noqa: ARG001
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    workspace: Workspace | None = None,
+) -> None:
+    """See `Kernels.paged_attention`. Needs a workspace made by `workspace` and prepared for `step`."""
+    if not isinstance(workspace, portable.PagedWorkspace):
+        raise TypeError("paged_attention of the provider `hopper` needs the workspace that its `workspace` makes")
+    if query.shape[0] == 0:
+        return
+    longest = workspace.schedule.shape.longest
+    extends = step.max_query > longest
+    options: dict[str, Any] = {"scale": scale, "lse": lse, "sinks": sinks, "alibi_slopes": alibi_slopes}
+    if extends:
+        tile = prefill_tile(query, key_cache, value_cache, workspace.table_path)
+        launch_prefill(
+            query,
+            key_cache,
+            value_cache,
+            step.query_starts,
+            step.lengths,
+            mask,
+            out,
+            tile,
+            table=step.pages.table,
+            table_rows=step.pages.rows,
+            page_size=step.pages.page_size,
+            more_than=longest,
+            **options,
+        )
+    portable.decode(query, key_cache, value_cache, step, mask, out, workspace, padding=not extends, **options)
+
+
+def ragged_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_starts: Tensor,
+    key_starts: Tensor,
+    mask: Mask,
+    out: Tensor,
+    *,
+    scale: float,
+    max_query: int,
+    max_length: int,
+    lse: Tensor | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    workspace: Workspace | None = None,
+) -> None:
+    """See `Kernels.ragged_attention`. Needs no workspace.
+
+    Keys that the copy engine cannot be pointed at (an odd stride, none at all) are left to the kernel of `triton`.
+    """
+    if query.shape[0] == 0:
+        return
+    if not (len(key) and aligned(key, 8) and aligned(value, 8) and query.stride(-1) == 1 == out.stride(-1)):
+        portable.ragged_attention(
+            query,
+            key,
+            value,
+            query_starts,
+            key_starts,
+            mask,
+            out,
+            scale=scale,
+            max_query=max_query,
+            max_length=max_length,
+            lse=lse,
+            sinks=sinks,
+            alibi_slopes=alibi_slopes,
+            workspace=workspace,
+        )
+        return
+    launch_prefill(
+        query,
+        key[None],
+        value[None],
+        query_starts,
+        key_starts,
+        mask,
+        out,
+        prefill_tile(query, key, value, None),
+        scale=scale,
+        lse=lse,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+    )
+
+
+def launch_prefill(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_starts: Tensor,
+    lengths: Tensor,
+    mask: Mask,
+    out: Tensor,
+    tile: Tile,
+    *,
+    scale: float,
+    lse: Tensor | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    table: Tensor | None = None,
+    table_rows: Tensor | None = None,
+    page_size: int = 0,
+    more_than: int = 0,
+) -> None:
+    """Launch `prefill_kernel`: over a cache [N, P, Hk, D] if there is a page table, else over keys [1, K, Hk, D].
+
+    Args:
+        lengths: [R]; without a table the starts of each row's keys, [R + 1].
+        page_size: 0 without a table.
+        more_than: rows with no more queries than this are left out.
+        others: as in `Kernels.paged_attention`.
+    """
+    tokens, q_heads, _ = query.shape
+    kv_heads = key.shape[2]
+    group = q_heads // kv_heads
+    rows = query_starts.shape[0] - 1
+    pack = min(tile["pack"], triton.next_power_of_2(group))
+    box = box_of(page_size, tile["keys"])
+    head_main, head_tail = halves(query.shape[2])
+    blocks = tokens // (128 // pack) + rows + 1  # see `row_of_block`; one more row for the padding
+    prefill_kernel[(kv_heads * triton.cdiv(group, pack), blocks)](
+        query,
+        boxes_of(key, box) if box else key,
+        boxes_of(value, box) if box else value,
+        out,
+        lse,
+        sinks,
+        alibi_slopes,
+        query_starts,
+        lengths,
+        table,
+        table_rows,
+        tokens,
+        rows,
+        key.shape[0],
+        scale,
+        mask.soft_cap,
+        mask.left,
+        mask.right,
+        *query.stride()[:2],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        *out.stride()[:2],
+        *(lse.stride() if lse is not None else (0, 0)),
+        table.stride(0) if table is not None else 0,
+        GROUP=group,
+        PACK=pack,
+        MORE_THAN=more_than,
+        CAUSAL=mask.causal,
+        HAS_LEFT=mask.left >= 0,
+        HAS_RIGHT=mask.right >= 0 and not mask.causal,
+        HAS_SOFT_CAP=mask.soft_cap > 0,
+        PAGED=table is not None,
+        PAGE_SIZE=page_size,
+        BOX=box,
+        BLOCK_N=tile["keys"],
+        HEAD_MAIN=head_main,
+        HEAD_TAIL=head_tail,
+        STAGES=tile["stages"],
+        REGISTERS=tile["registers"],
+        LOAD_REGISTERS=tile["load_registers"],
+        num_warps=4,
+    )
