@@ -1,4 +1,4 @@
-"""What a launch of a Triton kernel would compile, compiled for a GPU that is not there.
+"""What a launch of a kernel in Triton or Gluon would compile, compiled for a GPU that is not there.
 
 An operation is called on CPU tensors with its kernel replaced by a `Recorder`; the launch that it would have made is
 then compiled for any target, and the shared memory of the result is held against the target's.
@@ -6,13 +6,20 @@ then compiled for any target, and the shared memory of the result is held agains
 
 from __future__ import annotations
 
+import re
+import subprocess
+import tempfile
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
+from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from taut.common_kernels.workspace import DeviceFacts
 
@@ -80,6 +87,9 @@ def compile_for(kernel: Any, launch: dict[str, Any], target: str) -> Any:
         one = type(value) is int and value == 1 and not free  # Triton makes a constant of it
         if parameter.is_constexpr or value is None or isinstance(value, bool) or one:
             signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            box = ",".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}[{box}],{value.layout!r}>"
         elif isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
             attributes[(place,)] = [["tt.divisibility", 16]]
@@ -89,7 +99,26 @@ def compile_for(kernel: Any, launch: dict[str, Any], target: str) -> Any:
                 attributes[(place,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    source_of = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = source_of(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=device, options={name: launch[name] for name in OPTIONS if name in launch})
     assert compiled.metadata.shared <= limit, f"{compiled.metadata.shared} bytes of shared memory, {target} has {limit}"
     return compiled
+
+
+class Resources(NamedTuple):
+    """What the assembler gives a kernel: registers of a thread at its start, bytes of its stack, spills included."""
+
+    registers: int
+    stack: int
+
+
+def resources_of(compiled: Any) -> Resources:
+    """The resources of a kernel compiled for NVIDIA."""
+    tool = Path(nvidia.__path__[0]) / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        told = subprocess.run([tool, "--dump-resource-usage", cubin], check=True, capture_output=True, text=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", told).groups()  # type: ignore[union-attr]
+    return Resources(int(registers), int(stack))

@@ -26,10 +26,16 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+# Of each kernel the module that launches it, and its name there.
+TRITON = {"decode": (triton_kernel, "decode_kernel"), "prefill": (triton_kernel, "prefill_kernel")}
+
+
 def launches(
     monkeypatch: pytest.MonkeyPatch,
     target: str,
     *,
+    provider: Any = portable,
+    kernels: dict[str, tuple[Any, str]] = TRITON,
     rows: int = 3,
     max_query: int = 0,
     group: int = 4,
@@ -43,15 +49,12 @@ def launches(
     alibi: bool = False,
     lse: bool = False,
 ) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """The launches of a batch, mixed unless `max_query` bounds it: kernel and arguments of "decode" and "prefill"."""
-    decode, prefill = Recorder(triton_kernel.decode_kernel), Recorder(triton_kernel.prefill_kernel)
-    for name, value in {
-        "decode_kernel": decode,
-        "prefill_kernel": prefill,
-        "device_facts": lambda _: facts_of(target),
-        "merge_items": lambda *_: None,
-    }.items():
-        monkeypatch.setattr(triton_kernel, name, value)
+    """The launches of a batch, mixed unless `max_query` bounds it: kernel and arguments by the name in `kernels`."""
+    recorders = {name: Recorder(getattr(*place)) for name, place in kernels.items()}
+    for name, (module, attribute) in kernels.items():
+        monkeypatch.setattr(module, attribute, recorders[name])
+        monkeypatch.setattr(module, "device_facts", lambda _: facts_of(target))
+        monkeypatch.setattr(module, "merge_items", lambda *_: None, raising=False)
     triton_kernel.prefill_tile.cache_clear()
 
     kv_heads, tokens = 2, rows * max_query or 40
@@ -79,7 +82,7 @@ def launches(
     scales = {}
     if cache_dtype:
         scales = {"key_scale": torch.ones(kv_heads), "value_scale": torch.ones(1)}
-    portable.paged_attention(
+    provider.paged_attention(
         torch.zeros(tokens, q_heads, head_size, dtype=numbers),
         torch.zeros(8, page_size, kv_heads, head_size).to(cached),
         torch.zeros(8, page_size, kv_heads, value_size).to(cached),
@@ -90,15 +93,14 @@ def launches(
         lse=torch.zeros(tokens, q_heads) if lse else None,
         sinks=torch.zeros(q_heads) if sinks else None,
         alibi_slopes=torch.zeros(q_heads) if alibi else None,
-        workspace=portable.workspace(problem, rows, tokens, "cpu"),
+        workspace=provider.workspace(problem, rows, tokens, "cpu"),
         **scales,
     )
     triton_kernel.prefill_tile.cache_clear()
-    for recorder in (decode, prefill):
+    for recorder in recorders.values():
         for launch in recorder.launches:
             if dtype == "float32" and target.startswith("sm_"):
                 launch["PRECISION"] = "tf32x3"  # which only a CUDA tensor asks for
-    recorders = {"decode": decode, "prefill": prefill}
     return {name: (recorder.kernel, recorder.launches[0]) for name, recorder in recorders.items() if recorder.launches}
 
 
