@@ -11,7 +11,7 @@ prompts to judge, from the first on) and `engine` (further arguments of vLLM's `
 and `cached_tokens` (prompt tokens found in the prefix cache) of each prompt, the `seconds` of them all, the
 `preemptions` the scheduler counted (None where vLLM keeps no statistics), the `pid` of this process, and with `score`
 the `logprobs` of each prompt's tokens after its first, and `best_logprobs`: of the tokens that the model would
-have taken in their places.
+have taken in their places. With `embed` nothing is generated: RESULT holds the `embeddings` of the prompts.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ def generate(request: dict[str, Any]) -> dict[str, Any]:
 
     engine = LLM(request["model"], **request.get("engine", {}))
     prompts = _prompts(request, engine)
+    if request.get("embed"):
+        return {"embeddings": [list(one.outputs.embedding) for one in engine.embed(prompts, use_tqdm=False)]}
     greedy = SamplingParams(temperature=0, max_tokens=request["tokens"], ignore_eos=request.get("ignore_eos", True))
     engine.generate({"prompt_token_ids": [1]}, SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)
     start = time.perf_counter()
