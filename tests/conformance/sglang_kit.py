@@ -311,7 +311,8 @@ def judge(case: Case, calls: Counter[str], ours: bool) -> Outcome:
     calls["ours"] = 0
     outcome, why, start = "passed", "", time.perf_counter()
     try:
-        case.run(unittest.TestCase())
+        with torch.no_grad():
+            case.run(unittest.TestCase())
     except unittest.SkipTest as skip:
         outcome, why = "skipped", str(skip)
     except Exception as error:  # whatever goes wrong in a case is its outcome

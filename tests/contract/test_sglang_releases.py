@@ -1,6 +1,6 @@
 """The adapter holds in every release of its range: registration, choice and hooks, on the Python of real wheels.
 
-Needs SGLang's environment, and unpacked wheels in `.releases/sglang/VERSION`: `pip download --no-deps sglang==VERSION`.
+Needs SGLang's environment, and unpacked wheels: `make sglang-contract` fetches them.
 """
 
 from __future__ import annotations
@@ -15,12 +15,9 @@ import pytest
 
 pytest.importorskip("sglang", reason="needs SGLang's environment: make sglang")
 
+from contract.sglang_releases import FOLDER, RELEASES
+
 ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / ".releases" / "sglang"
-# Every difference between releases lies between two of these.
-RELEASES = (
-    "0.5.11", "0.5.12.post1", "0.5.13.post1", "0.5.15.post1", "0.5.17", "0.5.18", "0.5.20", "0.5.22", "0.5.23",
-)  # fmt: skip
 # What a release may lack, by the beginning of its entry in the ledger.
 OF_SOME_RELEASES = ("add_draft_attention_backend_choices", "MLA_ATTENTION_BACKENDS", "metadata for CUDA graphs")
 # Hooks for backends that keep their metadata in a captured prefill, which ours does not ask for.

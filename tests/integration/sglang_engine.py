@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "TAUT_LOG": "debug",
 }
-PATIENCE = 300  # seconds for a run on a busy machine
+PATIENCE = 600  # seconds for a run on a busy machine
 USUAL = {
     "device": "cpu", "dtype": "float32", "max_total_tokens": 4096, "max_running_requests": 16,
     "mem_fraction_static": 0.2, "disable_cuda_graph": True, "skip_server_warmup": True, "log_level": "error",
@@ -32,11 +33,14 @@ USUAL = {
 
 
 @dataclass(frozen=True)
-class Run:
-    """What came out of a run, batch by batch, and what its processes logged."""
+class Log:
+    """What the processes of an engine logged.
 
-    ids: list[list[list[int]]]
-    cached: list[list[int]]
+    Args:
+        log: all of it.
+        pid: of the process that was started, which is not the one that runs the model.
+    """
+
     log: str
     pid: int
 
@@ -44,6 +48,23 @@ class Run:
     def proof(self) -> list[str]:
         """The lines by which processes of the engine say that our attention serves in them."""
         return [line for line in self.log.splitlines() if SERVES.search(line)]
+
+    def assert_ours_served(self, kind: str) -> None:
+        """The process that ran the model, not the one that was started, said that it serves and ran a step."""
+        assert self.proof, self.log[-3000:]
+        assert all(f"serves {kind} attention in SGLang" in line for line in self.proof)
+        pids = {int(found[1]) for line in self.proof if (found := re.search(r"pid=(\d+)", line))}
+        assert pids
+        assert self.pid not in pids
+        assert "first step:" in self.log
+
+
+@dataclass(frozen=True)
+class Run(Log):
+    """One run of the engine: what came out, batch by batch, and what was logged."""
+
+    ids: list[list[list[int]]]
+    cached: list[list[int]]
 
 
 class EngineFailedError(RuntimeError):
@@ -72,7 +93,7 @@ def _run(request: str, attention: str | None) -> Run:
         if not answered.exists():
             raise EngineFailedError(f"the engine ended with status {process.returncode}. Its log ends:\n{said[-4000:]}")
         batches = json.loads(answered.read_text())
-        return Run([batch["ids"] for batch in batches], [batch["cached"] for batch in batches], said, process.pid)
+        return Run(said, process.pid, [batch["ids"] for batch in batches], [batch["cached"] for batch in batches])
 
 
 def generate(attention: str | None, batches: list[Any], *, model: Path = MODEL, tokens: int = 32, **engine: Any) -> Run:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,16 +20,6 @@ if TYPE_CHECKING:
 TEXTS = list(PROMPTS)
 
 
-def assert_ours_served(run: Run, kind: str) -> None:
-    """A process of the engine, not the one that asked it, said that it serves through us, and that a step ran there."""
-    assert run.proof, run.log[-3000:]
-    assert all(f"serves {kind} attention in SGLang" in line for line in run.proof)
-    pids = {int(found[1]) for line in run.proof if (found := re.search(r"pid=(\d+)", line))}
-    assert pids
-    assert run.pid not in pids
-    assert "first step:" in run.log
-
-
 @pytest.fixture(scope="module")
 def stock(model: Path) -> Run:
     run = generate("off", [TEXTS], attention_backend="torch_native", disable_overlap_schedule=True)
@@ -42,7 +31,7 @@ def stock(model: Path) -> Run:
 def test_plain(stock: Run) -> None:
     """Asked for with the engine's own argument; then once more, over the prefixes that are cached by now."""
     ours = generate(None, [TEXTS, TEXTS], attention_backend="taut", disable_overlap_schedule=True)
-    assert_ours_served(ours, "dense")
+    ours.assert_ours_served("dense")
     assert all(len(ids) == 32 for ids in ours.ids[0])
     assert ours.ids[0] == stock.ids[0]
     assert min(ours.cached[1]) > 0
@@ -52,7 +41,7 @@ def test_plain(stock: Run) -> None:
 def test_chunked_prefill_with_larger_pages_and_overlap(stock: Run) -> None:
     """Chosen by TAUT_ATTENTION: prompts in chunks of 16 tokens, pages of 16, the scheduler a step ahead."""
     ours = generate("on", [TEXTS, TEXTS], page_size=16, chunked_prefill_size=16)
-    assert_ours_served(ours, "dense")
+    ours.assert_ours_served("dense")
     assert ours.ids == [stock.ids[0], stock.ids[0]]
     assert max(ours.cached[1]) >= 16
 
@@ -64,7 +53,7 @@ def test_mla_as_hugging_face(experts: bool, tmp_path: Path) -> None:
     prompts = [[(7 * i + 13 * j) % 500 + 3 for j in range(5 + 9 * i)] for i in range(4)]
     longer = [prompt + [(11 * i + 3 * j) % 500 + 3 for j in range(400)] for i, prompt in enumerate(prompts[:1])]
     ours = generate("auto", [prompts, prompts, longer], model=folder, skip_tokenizer_init=True)
-    assert_ours_served(ours, "MLA")
+    ours.assert_ours_served("MLA")
     assert ours.ids[0] == hugging_face(folder, prompts, 32)
     assert min(ours.cached[1]) > 0
     assert ours.ids[1] == ours.ids[0]
