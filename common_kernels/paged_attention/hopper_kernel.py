@@ -1,8 +1,9 @@
 """`paged_attention` and `ragged_attention` on Hopper: as `triton_kernel`, with kernels in Gluon.
 
-What a tile table tells (see `tiles`), under `hopper_paged_prefill`; facts as there. `keys` of a tile; `stages` of the
-ring; `pack`, how many heads that share their keys are taken together; `registers` of a thread that attends and
-`load_registers` of one that loads: together, of three warpgroups, no more than a multiprocessor has.
+What a tile table tells (see `tiles`), under `hopper_paged_decode` and `hopper_paged_prefill`; facts as there. Numbers of
+both: `keys` of a tile; `stages` of the ring; registers of a thread that loads, `load_registers` where the copy engine
+does the work and `gather_registers` where the threads copy themselves: the threads that attend get the others. Of
+decode: `rows`, columns of the products, and as there `cut`, `programs`, `share`, `spare`. Of prefill: `pack`.
 """
 
 from __future__ import annotations
@@ -14,9 +15,13 @@ import triton
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from taut.common_kernels.merge.triton_kernel import merge_items
 from taut.common_kernels.paged_attention import triton_kernel as portable
-from taut.common_kernels.paged_attention.hopper_prefill import COLUMNS_OF_BOX, prefill_kernel
+from taut.common_kernels.paged_attention.hopper_decode import decode_kernel
+from taut.common_kernels.paged_attention.hopper_prefill import prefill_kernel
+from taut.common_kernels.paged_attention.hopper_ring import COLUMNS_OF_BOX
 from taut.common_kernels.paged_attention.triton_kernel import halves, tile_facts
+from taut.common_kernels.schedule.triton_kernel import launch_options
 from taut.common_kernels.tiles import table_for
 from taut.common_kernels.workspace import device_facts
 
@@ -24,13 +29,24 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from taut.common_kernels.kernels import Workspace
+    from taut.common_kernels.problem import Problem
     from taut.common_kernels.step import Mask, Step
     from taut.common_kernels.tiles import Tile
 
 SMALLEST_BOX = 16  # keys: smaller pages are gathered
 ALIGNMENT = 16  # bytes, of everything that the copy engine is given
 
-workspace = portable.workspace
+REGISTERS = 64 * 1024  # of a multiprocessor
+MOST_REGISTERS = 248  # that a thread may be compiled for
+REGISTERS_OF_THREE = 504  # that three threads share, one of each warpgroup of the prefill kernel: 168 each at the start
+DECODE_THREADS = 8 * 32  # of a program of the decode kernel: warps come in fours, those that load too
+
+
+def workspace(
+    problem: Problem, max_rows: int, max_tokens: int, device: str, table_path: str | None = None, left: int = -1
+) -> portable.PagedWorkspace:
+    """A workspace of `paged_attention`; see `triton_kernel.workspace`."""
+    return portable.workspace(problem, max_rows, max_tokens, device, table_path, left, "hopper_paged_decode")
 
 
 def box_of(page_size: int, keys: int) -> int:
@@ -112,7 +128,86 @@ def paged_attention(
             more_than=longest,
             **options,
         )
-    portable.decode(query, key_cache, value_cache, step, mask, out, workspace, padding=not extends, **options)
+    decode(query, key_cache, value_cache, step, mask, out, workspace, padding=not extends, **options)
+
+
+def decode(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    step: Step,
+    mask: Mask,
+    out: Tensor,
+    workspace: portable.PagedWorkspace,
+    *,
+    padding: bool,
+    scale: float,
+    lse: Tensor | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> None:
+    """Serve the rows of a schedule: `decode_kernel`, then the merge of what was split; see `triton_kernel.decode`."""
+    tokens, q_heads, _ = query.shape
+    kv_heads = key_cache.shape[2]
+    group = q_heads // kv_heads
+    schedule, scratch, tile = workspace.schedule, workspace.scratch, workspace.tile
+    pages = step.pages
+    box = box_of(pages.page_size, tile["keys"])
+    head_main, head_tail = halves(query.shape[2])
+    dependent = device_facts(str(query.device)).dependent_launch
+    decode_kernel[(kv_heads * triton.cdiv(group, workspace.pack), schedule.shape.parts)](
+        query,
+        boxes_of(key_cache, box) if box else key_cache,
+        boxes_of(value_cache, box) if box else value_cache,
+        out,
+        lse,
+        scratch.partials,
+        scratch.lses,
+        sinks,
+        alibi_slopes,
+        schedule.items,
+        schedule.parts,
+        step.query_starts,
+        pages.table,
+        pages.rows,
+        tokens,
+        step.rows,
+        key_cache.shape[0],
+        scale,
+        mask.soft_cap,
+        mask.left,
+        mask.right,
+        *query.stride()[:2],
+        *key_cache.stride()[:3],
+        *value_cache.stride()[:3],
+        *out.stride()[:2],
+        *(lse.stride() if lse is not None else (0, 0)),
+        pages.table.stride(0),
+        Q_HEADS=q_heads,
+        GROUP=group,
+        PACK=workspace.pack,
+        QUERIES=schedule.shape.block,
+        DEPENDENT=dependent,
+        OVERLAPPED=dependent,
+        PADDING=padding,
+        CAUSAL=mask.causal,
+        HAS_LEFT=mask.left >= 0,
+        HAS_RIGHT=mask.right >= 0 and not mask.causal,
+        HAS_SOFT_CAP=mask.soft_cap > 0,
+        PAGE_SIZE=pages.page_size,
+        BOX=box,
+        ROWS=tile["rows"],
+        BLOCK_N=tile["keys"],
+        TILE=schedule.shape.tile,
+        HEAD_MAIN=head_main,
+        HEAD_TAIL=head_tail,
+        STAGES=tile["stages"],
+        LOAD_REGISTERS=tile["load_registers" if box else "gather_registers"],
+        num_warps=4,
+        maxnreg=min(MOST_REGISTERS, REGISTERS // (DECODE_THREADS * tile["programs"])),
+        **launch_options(dependent),
+    )
+    merge_items(workspace, out, lse, schedule.shape.block * q_heads, dependent)
 
 
 def ragged_attention(
@@ -206,6 +301,7 @@ def launch_prefill(
     pack = min(tile["pack"], triton.next_power_of_2(group))
     box = box_of(page_size, tile["keys"])
     head_main, head_tail = halves(query.shape[2])
+    loading = tile["load_registers" if box else "gather_registers"]
     blocks = tokens // (128 // pack) + rows + 1  # see `row_of_block`; one more row for the padding
     prefill_kernel[(kv_heads * triton.cdiv(group, pack), blocks)](
         query,
@@ -246,7 +342,7 @@ def launch_prefill(
         HEAD_MAIN=head_main,
         HEAD_TAIL=head_tail,
         STAGES=tile["stages"],
-        REGISTERS=tile["registers"],
-        LOAD_REGISTERS=tile["load_registers"],
+        REGISTERS=(REGISTERS_OF_THREE - loading) // 16 * 8,
+        LOAD_REGISTERS=loading,
         num_warps=4,
     )

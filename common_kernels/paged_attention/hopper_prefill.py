@@ -16,16 +16,22 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from taut.common_kernels.gluon_features import THREAD_BARRIERS, TMA_LOADS, first_of
+from taut.common_kernels.gluon_features import THREAD_BARRIERS, first_of
+from taut.common_kernels.paged_attention.hopper_ring import (
+    GATHERING_WARPS,
+    as_boxes,
+    clear_dead_keys,
+    gather_tile,
+    load_tile,
+    make_barriers,
+)
 from taut.common_kernels.paged_attention.hopper_softmax import (
     LOG2E,
     LOWEST,
@@ -38,13 +44,7 @@ from taut.common_kernels.paged_attention.hopper_softmax import (
     sees_any,
 )
 
-tma_load = first_of(tma, TMA_LOADS)
-gather_load = first_of(async_copy, TMA_LOADS)
 thread_barrier = first_of(gl, THREAD_BARRIERS)
-reinterpret = first_of(gl.shared_memory_descriptor, ("reinterpret", "_reinterpret"))
-
-COLUMNS_OF_BOX = 64  # elements of a box's row: 128 bytes, as wide as the swizzle
-BOX_COLUMNS = gl.constexpr(COLUMNS_OF_BOX)
 
 
 @gluon.jit
@@ -63,21 +63,21 @@ def row_of_block(query_starts, rows, block, BLOCK: gl.constexpr):
 
 @gluon.jit
 def load_tiles(
-    key,  # a descriptor of [pages, Hk, P, D], boxes [1, 1, BOX, 64]
+    start,
+    tiles,
+    key,
     value,
-    k_ring,  # [STAGES * columns of boxes * boxes, 1, 1, BOX, 64]
-    k_tail_ring,
-    v_ring,
+    k_boxes,
+    k_tail_boxes,
+    v_boxes,
     k_full,
     k_free,
     v_full,
     v_free,
-    table_row,  # pointer: the row's first page number; contiguous: not used
-    dead_page,  # a page number that the descriptor does not have: its box arrives as zeros
+    table_row,
+    dead_page,
     kv_head,
-    first_place,  # contiguous: where the row's first key lies
-    start,
-    tiles,
+    first_place,
     first_seen,
     end_seen,
     PAGED: gl.constexpr,
@@ -88,65 +88,22 @@ def load_tiles(
     HEAD_TAIL: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Fill the ring by boxes of the copy engine."""
-    BOXES: gl.constexpr = BLOCK_N // BOX
-    K_COLUMNS: gl.constexpr = HEAD_MAIN // BOX_COLUMNS
-    K_TAIL_COLUMNS: gl.constexpr = HEAD_TAIL // BOX_COLUMNS
-    V_COLUMNS: gl.constexpr = HEAD_MAIN // BOX_COLUMNS
+    """The warp that has the copy engine fill the ring; arguments as of `load_tile`."""
     for i in range(tiles):
-        stage = i % STAGES
-        # The tile takes the slot over from tile i - STAGES; the first ones find it free: a wait for the phase before
-        # the first returns at once.
-        free = ((i // STAGES) & 1) ^ 1
-        tile = start + i * BLOCK_N
-        # Page numbers first: they arrive while the slot is waited for. A box of which no key is seen is not read: its
-        # page may be anything.
-        pages = ()
-        if PAGED:
-            for box in gl.static_range(BOXES):
-                begin = tile + box * BOX
-                seen = (begin < end_seen) & (begin + BOX > first_seen)
-                pages = pages + (gl.load(table_row + begin // PAGE_SIZE, mask=seen, other=dead_page),)  # noqa: RUF005
-            place = tile % PAGE_SIZE
-        else:
-            place = first_place + tile
-            pages = (0,)
-        mbarrier.wait(k_free.index(stage), free)
-        mbarrier.expect(k_full.index(stage), BLOCK_N * (HEAD_MAIN + HEAD_TAIL) * 2)
-        for box in gl.static_range(BOXES):
-            at = 0 if PAGE_SIZE == BOX and PAGED else place
-            for column in gl.static_range(K_COLUMNS):
-                tma_load(
-                    key,
-                    [pages[box], kv_head, at, column * BOX_COLUMNS],
-                    k_full.index(stage),
-                    k_ring.index((stage * K_COLUMNS + column) * BOXES + box),
-                )
-            for column in gl.static_range(K_TAIL_COLUMNS):
-                tma_load(
-                    key,
-                    [pages[box], kv_head, at, HEAD_MAIN + column * BOX_COLUMNS],
-                    k_full.index(stage),
-                    k_tail_ring.index((stage * K_TAIL_COLUMNS + column) * BOXES + box),
-                )
-        mbarrier.wait(v_free.index(stage), free)
-        mbarrier.expect(v_full.index(stage), BLOCK_N * HEAD_MAIN * 2)
-        for box in gl.static_range(BOXES):
-            at = 0 if PAGE_SIZE == BOX and PAGED else place
-            for column in gl.static_range(V_COLUMNS):
-                tma_load(
-                    value,
-                    [pages[box], kv_head, at, column * BOX_COLUMNS],
-                    v_full.index(stage),
-                    v_ring.index((stage * V_COLUMNS + column) * BOXES + box),
-                )
+        load_tile(
+            i, start + i * BLOCK_N, key, value, k_boxes, k_tail_boxes, v_boxes, k_full, k_free, v_full, v_free,
+            table_row, dead_page, kv_head, first_place, first_seen, end_seen, PAGED, PAGE_SIZE, BLOCK_N, BOX,
+            HEAD_MAIN, HEAD_TAIL, STAGES,
+        )  # fmt: skip
 
 
 @gluon.jit
 def gather_tiles(
-    key,  # pointer: the cache's slot 0 of this head
+    start,
+    tiles,
+    key,
     value,
-    k_ring,  # [STAGES, BLOCK_N, HEAD_MAIN]
+    k_ring,
     k_tail_ring,
     v_ring,
     k_full,
@@ -158,8 +115,6 @@ def gather_tiles(
     key_token_stride,
     value_page_stride,
     value_token_stride,
-    start,
-    tiles,
     first_seen,
     end_seen,
     PAGE_SIZE: gl.constexpr,
@@ -168,60 +123,13 @@ def gather_tiles(
     HEAD_TAIL: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Fill the ring key by key, for pages too small or too odd for boxes; keys that nobody sees become zeros."""
+    """The warps that gather keys into the ring; arguments as of `gather_tile`."""
     for i in range(tiles):
-        stage = i % STAGES
-        free = ((i // STAGES) & 1) ^ 1
-        tile = start + i * BLOCK_N
-        mbarrier.wait(k_free.index(stage), free)
-        gather_columns(
-            key, k_ring.index(stage), table_row, key_page_stride, key_token_stride, tile, first_seen, end_seen,
-            PAGE_SIZE, BLOCK_N, HEAD_MAIN, 0,
+        gather_tile(
+            i, start + i * BLOCK_N, key, value, k_ring, k_tail_ring, v_ring, k_full, k_free, v_full, v_free, table_row,
+            key_page_stride, key_token_stride, value_page_stride, value_token_stride, first_seen, end_seen,
+            PAGE_SIZE, BLOCK_N, HEAD_MAIN, HEAD_TAIL, STAGES,
         )  # fmt: skip
-        if HEAD_TAIL:
-            gather_columns(
-                key, k_tail_ring.index(stage), table_row, key_page_stride, key_token_stride, tile, first_seen, end_seen,
-                PAGE_SIZE, BLOCK_N, HEAD_TAIL, HEAD_MAIN,
-            )  # fmt: skip
-        async_copy.mbarrier_arrive(k_full.index(stage), increment_count=False)
-        mbarrier.wait(v_free.index(stage), free)
-        gather_columns(
-            value, v_ring.index(stage), table_row, value_page_stride, value_token_stride, tile, first_seen, end_seen,
-            PAGE_SIZE, BLOCK_N, HEAD_MAIN, 0,
-        )  # fmt: skip
-        async_copy.mbarrier_arrive(v_full.index(stage), increment_count=False)
-
-
-@gluon.jit
-def gather_columns(
-    source,
-    target,
-    table_row,
-    page_stride,
-    token_stride,
-    tile,
-    first_seen,
-    end_seen,
-    PAGE_SIZE: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    COLUMNS: gl.constexpr,
-    FIRST_COLUMN: gl.constexpr,
-):
-    """Copies of 16 bytes, a few rows at a time, so that few addresses are held at once."""
-    ROWS: gl.constexpr = 32  # of one round
-    LANES: gl.constexpr = COLUMNS // 8 if COLUMNS < 256 else 32
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
-    columns = FIRST_COLUMN + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
-    for first in gl.static_range(0, BLOCK_N, ROWS):
-        keys = tile + first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-        seen = (keys >= first_seen) & (keys < end_seen)
-        page = gl.load(table_row + keys // PAGE_SIZE, mask=seen, other=0)
-        slots = page.to(gl.int64) * page_stride + (keys % PAGE_SIZE) * token_stride
-        gather_load(
-            target.slice(first, ROWS, dim=0),
-            (source + columns)[None, :] + slots[:, None],
-            mask=seen[:, None] & (columns >= 0)[None, :],
-        )
 
 
 @gluon.jit
@@ -514,13 +422,9 @@ def attend(
     v_tile = v_ring.index(last % STAGES)
     mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
     if BOX:
-        # Only the last tile can reach past the row's keys, into what may be NaN: its weights there are zeros, but zero
-        # times NaN is none. Both warpgroups write the same zeros, so neither need wait for the other; all threads of
-        # each have written before it multiplies.
-        end_of_tile = start + tiles * BLOCK_N
-        if end_of_tile > length:
-            v_keys = end_of_tile - BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, wide))
-            v_tile.store(gl.where((v_keys < length)[:, None], v_tile.load(wide), 0.0))
+        # Only the last tile can reach past the row's keys. All threads have cleared what is theirs before any multiplies.
+        if start + tiles * BLOCK_N > length:
+            clear_dead_keys(v_tile, start + last * BLOCK_N, length)
             fence_async_shared()
             thread_barrier()
     else:
@@ -611,7 +515,7 @@ def prefill_kernel(
     BLOCK_M: gl.constexpr = 128
     QUERIES: gl.constexpr = BLOCK_M // PACK
     PACKS: gl.constexpr = (GROUP + PACK - 1) // PACK
-    LOAD_WARPS: gl.constexpr = 1 if BOX else 4
+    LOAD_WARPS: gl.constexpr = 1 if BOX else GATHERING_WARPS
     # As in `triton_prefill`: heads side by side, a row's last blocks first.
     kv_head = gl.program_id(0) // PACKS
     first_group_head = gl.program_id(0) % PACKS * PACK
@@ -665,18 +569,8 @@ def prefill_kernel(
     if HEAD_TAIL:
         q_tail = gl.allocate_shared_memory(DTYPE, [2, 64, HEAD_TAIL], layout)
         k_tail_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, HEAD_TAIL], layout)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_full, k_free, v_full, v_free = make_barriers(2, BOX, STAGES)
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        # Full: one arrival, of the warp that says how many bytes come; gathered: one of each thread that copies.
-        mbarrier.init(k_full.index(stage), count=1 if BOX else 128)
-        mbarrier.init(v_full.index(stage), count=1 if BOX else 128)
-        # Free: both warpgroups have read it.
-        mbarrier.init(k_free.index(stage), count=2)
-        mbarrier.init(v_free.index(stage), count=2)
     for warpgroup in gl.static_range(2):
         mbarrier.init(turns.index(warpgroup), count=1)
     fence_async_shared()
@@ -685,17 +579,11 @@ def prefill_kernel(
     score_scale = scale_of_scores(scale, soft_cap, HAS_SOFT_CAP)
     cap = soft_cap * LOG2E
     if BOX:
-        COLUMNS: gl.constexpr = HEAD_MAIN // BOX_COLUMNS
-        TAIL_COLUMNS: gl.constexpr = HEAD_TAIL // BOX_COLUMNS
-        BOXES: gl.constexpr = BLOCK_N // BOX
-        box_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 4)
-        k_boxes = reinterpret(k_ring, DTYPE, [STAGES * COLUMNS * BOXES, 1, 1, BOX, BOX_COLUMNS], box_layout)
-        v_boxes = reinterpret(v_ring, DTYPE, [STAGES * COLUMNS * BOXES, 1, 1, BOX, BOX_COLUMNS], box_layout)
+        k_boxes = as_boxes(k_ring, BLOCK_N, BOX, HEAD_MAIN, STAGES)
+        v_boxes = as_boxes(v_ring, BLOCK_N, BOX, HEAD_MAIN, STAGES)
         k_tail_boxes = k_boxes
         if HEAD_TAIL:
-            k_tail_boxes = reinterpret(
-                k_tail_ring, DTYPE, [STAGES * TAIL_COLUMNS * BOXES, 1, 1, BOX, BOX_COLUMNS], box_layout
-            )
+            k_tail_boxes = as_boxes(k_tail_ring, BLOCK_N, BOX, HEAD_TAIL, STAGES)
         gl.warp_specialize(
             [
                 (attend, (
@@ -713,8 +601,8 @@ def prefill_kernel(
                     PACK, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, BOX, BLOCK_N, HEAD_MAIN, HEAD_TAIL, STAGES,
                 )),
                 (load_tiles, (
-                    key, value, k_boxes, k_tail_boxes, v_boxes, k_full, k_free, v_full, v_free, table_row, pages,
-                    kv_head, first_place, start, tiles, first_seen, end_seen, PAGED, PAGE_SIZE, BLOCK_N, BOX,
+                    start, tiles, key, value, k_boxes, k_tail_boxes, v_boxes, k_full, k_free, v_full, v_free,
+                    table_row, pages, kv_head, first_place, first_seen, end_seen, PAGED, PAGE_SIZE, BLOCK_N, BOX,
                     HEAD_MAIN, HEAD_TAIL, STAGES,
                 )),
             ],
@@ -739,10 +627,10 @@ def prefill_kernel(
                     PACK, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, BOX, BLOCK_N, HEAD_MAIN, HEAD_TAIL, STAGES,
                 )),
                 (gather_tiles, (
-                    key + kv_head.to(gl.int64) * key_head_stride, value + kv_head.to(gl.int64) * value_head_stride,
-                    k_ring, k_tail_ring, v_ring, k_full, k_free, v_full, v_free, table_row, key_page_stride,
-                    key_token_stride, value_page_stride, value_token_stride, start, tiles, first_seen, end_seen,
-                    PAGE_SIZE, BLOCK_N, HEAD_MAIN, HEAD_TAIL, STAGES,
+                    start, tiles, key + kv_head.to(gl.int64) * key_head_stride,
+                    value + kv_head.to(gl.int64) * value_head_stride, k_ring, k_tail_ring, v_ring, k_full, k_free,
+                    v_full, v_free, table_row, key_page_stride, key_token_stride, value_page_stride,
+                    value_token_stride, first_seen, end_seen, PAGE_SIZE, BLOCK_N, HEAD_MAIN, HEAD_TAIL, STAGES,
                 )),
             ],
             [4, LOAD_WARPS],

@@ -114,24 +114,31 @@ class PagedWorkspace(ScheduledWorkspace):
         return super().size_in_bytes + (0 if self.arrivals is None else self.arrivals.nbytes)
 
 
-def decode_cut(table: TileTable, group: int, max_query: int, facts: Tile) -> tuple[Tile, int, int]:
+def decode_cut(table: TileTable, operation: str, group: int, max_query: int, facts: Tile) -> tuple[Tile, int, int]:
     """The tile of the decode kernel, the query heads that share a program, and the queries of a work item.
 
     Args:
         table: of the device.
+        operation: under which the table has the kernel's tiles.
         group: query heads of one key-value head.
         max_query: the most queries of a row; 0 for no bound, then most rows are taken to have one.
         facts: of the problem; their rows are set here.
     """
     wanted = min(max_query or 1, DECODE_QUERIES)
-    tile = table.tile("paged_decode", {**facts, "rows": group * wanted})
+    tile = table.tile(operation, {**facts, "rows": group * wanted})
     pack = min(group, tile["rows"])
     block = tile["rows"] // pack
     return tile, pack, min(block, max_query) if max_query else min(block, DECODE_QUERIES)
 
 
 def workspace(
-    problem: Problem, max_rows: int, max_tokens: int, device: str, table_path: str | None = None, left: int = -1
+    problem: Problem,
+    max_rows: int,
+    max_tokens: int,
+    device: str,
+    table_path: str | None = None,
+    left: int = -1,
+    operation: str = "paged_decode",
 ) -> PagedWorkspace:
     """A workspace of `paged_attention`; see `Kernels.workspace`.
 
@@ -142,13 +149,14 @@ def workspace(
         device: where it lies.
         table_path: another tile table than the built-in one.
         left: how far back the layers see that share it, where all of them have a window; -1 otherwise.
+        operation: under which a tile table has the tiles of the decode kernel.
     """
     device_has = device_facts(device)
     table = table_for(device_has.target, device_has.shared_memory, table_path)
     group = problem.q_heads // problem.kv_heads
     dtype, cache_dtype = getattr(torch, problem.dtype), getattr(torch, problem.cache_dtype)
     facts = tile_facts(group, problem.head_size, problem.value_size, dtype, cache_dtype)
-    tile, pack, block = decode_cut(table, group, problem.max_query, facts)
+    tile, pack, block = decode_cut(table, operation, group, problem.max_query, facts)
     head_blocks = problem.kv_heads * triton.cdiv(group, pack)
     whole_pages = problem.page_size % tile["keys"] == 0  # then a round of the loop lies in one page, if it begins so
     shape = ScheduleShape(

@@ -1,0 +1,556 @@
+"""Few queries on many keys, on Hopper: the parts of a schedule, as `triton_decode`, with keys brought by other warps.
+
+One warpgroup attends; one warp, or four where pages are small, bring keys and values into a ring. Both go through the
+same part of the schedule, item after item, each at its own pace: the ring does not run dry between two items.
+
+The products are turned round, so that heads, of which there are few, are columns of the matrix instructions (8 at
+least) and keys are their 64 rows:
+
+    scores [keys, heads] = keys [keys, D] x queries^T          output^T [V, heads] += values^T [V, keys] x weights
+
+Keys and values are read from the ring where they lie; only the weights, BLOCK_N x heads of them, go through shared
+memory on their way from one product to the other.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from taut.common_kernels.gluon_features import THREAD_BARRIERS, first_of
+from taut.common_kernels.paged_attention.hopper_ring import (
+    GATHERING_WARPS,
+    as_boxes,
+    clear_dead_keys,
+    gather_tile,
+    load_tile,
+    make_barriers,
+)
+from taut.common_kernels.paged_attention.hopper_softmax import (
+    LOG2E,
+    LOWEST,
+    add_sinks,
+    cap_scores,
+    lse_of,
+    query_range,
+    scale_of_scores,
+    sees,
+    sees_any,
+)
+from taut.common_kernels.schedule.gluon_kernel import (
+    let_next_start,
+    load_first_item,
+    load_item,
+    load_part,
+    tiles_of,
+    wait_for_kernel_ahead,
+)
+
+thread_barrier = first_of(gl, THREAD_BARRIERS)
+
+
+@gluon.jit
+def span_of(
+    item,
+    first_item,
+    first_tile,
+    last_item,
+    end_tile,
+    queries,
+    first_position,
+    first_key,
+    end_key,
+    left,
+    right,
+    CAUSAL: gl.constexpr,
+    HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
+    TILE: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+):
+    """What a part does of an item: the first position, how many tiles of BLOCK_N, and of which positions keys are read.
+
+    The schedule may serve layers with other windows: what this mask does not see is left out here.
+    """
+    begin = gl.where(item == first_item, first_tile, 0)
+    end = gl.where(item == last_item, end_tile, tiles_of(queries, first_key, end_key, TILE))
+    first_seen, end_seen, _, _ = query_range(
+        first_position, queries, end_key, left, right, CAUSAL, HAS_LEFT, HAS_RIGHT
+    )
+    start = gl.maximum(first_key + begin * TILE, first_seen // TILE * TILE)
+    stop = gl.minimum(first_key + end * TILE, end_seen)
+    tiles = gl.maximum(gl.cdiv(stop - start, BLOCK_N), 0)
+    return start, tiles, first_seen, stop
+
+
+@gluon.jit
+def table_row_of(table, table_rows, row, table_stride):
+    """The address of a row's first page number."""
+    if table_rows is None:
+        address = table + row.to(gl.int64) * table_stride
+    else:
+        address = table + gl.load(table_rows + row).to(gl.int64) * table_stride
+    return address
+
+
+@gluon.jit
+def load_part_of_keys(
+    key,  # a descriptor, or, gathered, a pointer to the cache's slot 0 of this head
+    value,
+    k_slots,  # boxes, or, gathered, slots
+    k_tail_slots,
+    v_slots,
+    k_full,
+    k_free,
+    v_full,
+    v_free,
+    items,
+    parts,
+    part,
+    table,
+    table_rows,
+    dead_page,
+    kv_head,
+    left,
+    right,
+    key_page_stride,
+    key_token_stride,
+    value_page_stride,
+    value_token_stride,
+    table_stride,
+    CAUSAL: gl.constexpr,
+    HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
+    PAGE_SIZE: gl.constexpr,
+    BOX: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    TILE: gl.constexpr,
+    HEAD_MAIN: gl.constexpr,
+    HEAD_TAIL: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """The partition that fills the ring, with the tiles of all items of a part, one behind another."""
+    first_item, first_tile, last_item, end_tile, _ = load_part(parts, part)
+    row, _, queries, first_position, first_key, end_key, _, _ = load_first_item(parts, part)
+    number = part * 0
+    for item in range(first_item, last_item + 1):
+        next_item = load_item(items, gl.minimum(item + 1, last_item))  # early, so that it is there when it is wanted
+        table_row = table_row_of(table, table_rows, row, table_stride)
+        start, tiles, first_seen, stop = span_of(
+            item, first_item, first_tile, last_item, end_tile, queries, first_position, first_key, end_key, left, right,
+            CAUSAL, HAS_LEFT, HAS_RIGHT, TILE, BLOCK_N,
+        )  # fmt: skip
+        for i in range(tiles):
+            if BOX:
+                load_tile(
+                    number + i, start + i * BLOCK_N, key, value, k_slots, k_tail_slots, v_slots, k_full, k_free, v_full,
+                    v_free, table_row, dead_page, kv_head, 0, first_seen, stop, True, PAGE_SIZE, BLOCK_N, BOX,
+                    HEAD_MAIN, HEAD_TAIL, STAGES,
+                )  # fmt: skip
+            else:
+                gather_tile(
+                    number + i, start + i * BLOCK_N, key, value, k_slots, k_tail_slots, v_slots, k_full, k_free, v_full,
+                    v_free, table_row, key_page_stride, key_token_stride, value_page_stride, value_token_stride,
+                    first_seen, stop, PAGE_SIZE, BLOCK_N, HEAD_MAIN, HEAD_TAIL, STAGES,
+                )  # fmt: skip
+        number += tiles
+        row, _, queries, first_position, first_key, end_key, _, _ = next_item
+
+
+@gluon.jit
+def load_queries(
+    query,
+    first_query,
+    queries,
+    kv_head,
+    first_group_head,
+    query_token_stride,
+    query_head_stride,
+    GROUP: gl.constexpr,
+    PACK: gl.constexpr,
+    ROWS: gl.constexpr,
+    FIRST_COLUMN: gl.constexpr,
+    COLUMNS: gl.constexpr,
+):
+    """Some columns of an item's queries [ROWS, COLUMNS], in registers; row r is query r // PACK and head r % PACK."""
+    LANES: gl.constexpr = COLUMNS // 8 if COLUMNS < 256 else 32
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
+    lanes = gl.arange(0, ROWS, layout=gl.SliceLayout(1, wide))
+    group_heads = first_group_head + lanes % PACK
+    here = (lanes // PACK < queries) & (group_heads < GROUP)
+    addresses = (
+        query
+        + (first_query + lanes // PACK).to(gl.int64) * query_token_stride
+        + (kv_head * GROUP + group_heads) * query_head_stride
+    )
+    columns = FIRST_COLUMN + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, wide))
+    return gl.load(addresses[:, None] + columns[None, :], mask=here[:, None], other=0.0)
+
+
+@gluon.jit
+def attend_part(
+    q_smem,  # [ROWS, HEAD_MAIN] shared memory
+    q_tail_smem,
+    p_smem,  # [ROWS, BLOCK_N] shared memory: the weights of a tile
+    k_ring,  # [STAGES, BLOCK_N, HEAD_MAIN]
+    k_tail_ring,
+    v_ring,  # [STAGES, BLOCK_N, HEAD_MAIN]
+    k_full,
+    k_free,
+    v_full,
+    v_free,
+    query,
+    out,
+    lse,
+    partials,
+    partial_lses,
+    sinks,
+    slopes,
+    items,
+    parts,
+    part,
+    kv_head,
+    first_group_head,
+    score_scale,
+    cap,
+    left,
+    right,
+    query_token_stride,
+    query_head_stride,
+    out_token_stride,
+    out_head_stride,
+    lse_token_stride,
+    lse_head_stride,
+    Q_HEADS: gl.constexpr,
+    GROUP: gl.constexpr,
+    PACK: gl.constexpr,
+    QUERIES: gl.constexpr,
+    OVERLAPPED: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
+    HAS_SOFT_CAP: gl.constexpr,
+    BOX: gl.constexpr,
+    ROWS: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    TILE: gl.constexpr,
+    HEAD_MAIN: gl.constexpr,
+    HEAD_TAIL: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """The warpgroup that attends, item after item of a part."""
+    turned: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])  # [keys or V, ROWS]
+    by_key: gl.constexpr = gl.SliceLayout(1, turned)
+    by_row: gl.constexpr = gl.SliceLayout(0, turned)
+    LANES: gl.constexpr = HEAD_MAIN // 8 if HEAD_MAIN < 256 else 32
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])  # [ROWS, V]
+    HAS_SLOPES: gl.constexpr = slopes is not None
+
+    first_item, first_tile, last_item, end_tile, first_split = load_part(parts, part)
+    _, first_query, queries, first_position, first_key, end_key, splits, first_partial = load_first_item(parts, part)
+
+    lanes = gl.arange(0, ROWS, layout=by_row)
+    lane_query = lanes // PACK
+    group_heads = first_group_head + lanes % PACK
+    heads = kv_head * GROUP + group_heads
+    ours = (lane_query < QUERIES) & (group_heads < GROUP)
+    row_slopes = gl.zeros([ROWS], gl.float32, layout=by_row)
+    if HAS_SLOPES:
+        row_slopes = gl.load(slopes + heads, mask=ours, other=0.0) * LOG2E
+    wide_lanes = gl.arange(0, ROWS, layout=gl.SliceLayout(1, wide))
+    wide_query = wide_lanes // PACK
+    wide_group_heads = first_group_head + wide_lanes % PACK
+    wide_heads = kv_head * GROUP + wide_group_heads
+    wide_columns = gl.arange(0, HEAD_MAIN, layout=gl.SliceLayout(0, wide))
+
+    q = load_queries(
+        query, first_query, queries, kv_head, first_group_head, query_token_stride, query_head_stride,
+        GROUP, PACK, ROWS, 0, HEAD_MAIN,
+    )  # fmt: skip
+    q_tail = q
+    if HEAD_TAIL:
+        q_tail = load_queries(
+            query, first_query, queries, kv_head, first_group_head, query_token_stride, query_head_stride,
+            GROUP, PACK, ROWS, HEAD_MAIN, HEAD_TAIL,
+        )  # fmt: skip
+    number = part * 0
+    for item in range(first_item, last_item + 1):
+        # Every product on the queries of the item before has been waited for by all threads.
+        thread_barrier()
+        q_smem.store(q)
+        if HEAD_TAIL:
+            q_tail_smem.store(q_tail)
+        fence_async_shared()
+        thread_barrier()
+        _, next_query, next_queries, next_position, next_first_key, next_end_key, next_splits, next_partial = load_item(
+            items, gl.minimum(item + 1, last_item)
+        )
+        q = load_queries(  # early: it is wanted after the last tile of this item
+            query, next_query, next_queries, kv_head, first_group_head, query_token_stride, query_head_stride,
+            GROUP, PACK, ROWS, 0, HEAD_MAIN,
+        )  # fmt: skip
+        if HEAD_TAIL:
+            q_tail = load_queries(
+                query, next_query, next_queries, kv_head, first_group_head, query_token_stride, query_head_stride,
+                GROUP, PACK, ROWS, HEAD_MAIN, HEAD_TAIL,
+            )  # fmt: skip
+        start, tiles, first_seen, stop = span_of(
+            item, first_item, first_tile, last_item, end_tile, queries, first_position, first_key, end_key, left, right,
+            CAUSAL, HAS_LEFT, HAS_RIGHT, TILE, BLOCK_N,
+        )  # fmt: skip
+        positions = first_position + lane_query
+        here = ours & (lane_query < queries)
+        acc = gl.zeros([HEAD_MAIN, ROWS], gl.float32, layout=turned)
+        totals = gl.zeros([BLOCK_N, ROWS], gl.float32, layout=turned)  # of each key's place: added up at the end
+        top = gl.full([ROWS], LOWEST, gl.float32, layout=by_row)
+
+        for i in range(tiles):
+            slot = (number + i) % STAGES
+            phase = ((number + i) // STAGES) & 1
+            tile = start + i * BLOCK_N
+            keys = tile + gl.arange(0, BLOCK_N, layout=by_key)
+            mbarrier.wait(k_full.index(slot), phase)
+            if not BOX:
+                fence_async_shared()
+            scores = gl.zeros([BLOCK_N, ROWS], gl.float32, layout=turned)
+            scores = warpgroup_mma(k_ring.index(slot), q_smem.permute((1, 0)), scores, use_acc=False, is_async=True)
+            if HEAD_TAIL:
+                scores = warpgroup_mma(k_tail_ring.index(slot), q_tail_smem.permute((1, 0)), scores, is_async=True)
+            scores = warpgroup_mma_wait(0, deps=[scores])
+            mbarrier.arrive(k_free.index(slot), count=1)
+
+            if HAS_SOFT_CAP:
+                scores = cap_scores(scores, score_scale, cap)
+            else:
+                scores = scores * score_scale
+            if HAS_SLOPES:
+                scores += row_slopes[None, :] * (keys[:, None] - positions[None, :]).to(gl.float32)
+            # All tiles are masked: it costs little beside reading them.
+            seen = sees(keys[:, None], positions[None, :], stop, left, right, CAUSAL, HAS_LEFT, HAS_RIGHT)
+            scores = gl.where(seen, scores, float("-inf"))
+            new_top = gl.maximum(top, gl.max(scores, 0))
+            weights = gl.exp2(scores - new_top[None, :])
+            decay = gl.exp2(top - new_top)
+            totals = totals * decay[None, :] + weights
+            top = new_top
+            # Every product on the weights of the tile before has been waited for by all threads: they arrived at
+            # `v_free` together.
+            p_smem.permute((1, 0)).store(weights.to(q_smem.dtype))
+
+            mbarrier.wait(v_full.index(slot), phase)
+            v_tile = v_ring.index(slot)
+            if BOX:
+                if tile + BLOCK_N > end_key:
+                    clear_dead_keys(v_tile, tile, end_key)
+            fence_async_shared()  # the weights; what was gathered, or cleared
+            thread_barrier()
+            acc = acc * decay[None, :]
+            acc = warpgroup_mma(v_tile.permute((1, 0)), p_smem.permute((1, 0)), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(v_free.index(slot), count=1)
+        number += tiles
+
+        if OVERLAPPED:
+            if item == last_item:
+                let_next_start()
+
+        total = gl.sum(totals, 0)
+        factor = gl.full([ROWS], 1.0, gl.float32, layout=by_row)
+        if sinks is not None:
+            sink_scores = gl.load(sinks + heads, mask=ours, other=0.0).to(gl.float32)
+            wanted = sees_any(positions, end_key, left, right, CAUSAL, HAS_LEFT, HAS_RIGHT)
+            # An item's sinks count once: in the part that has its first tile.
+            has_first = (item != first_item) | (first_tile == 0)
+            total, top, factor = add_sinks(total, top, sink_scores, wanted & has_first)
+        factor = gl.where(total > 0.0, factor / gl.where(total > 0.0, total, 1.0), 0.0)
+        result = gl.convert_layout(gl.permute(acc * factor[None, :], (1, 0)), wide)  # [ROWS, V]
+        wide_here = (wide_query < queries) & (wide_group_heads < GROUP)
+        if splits > 1:
+            partial = (first_partial + gl.where(item == first_item, first_split, 0)).to(gl.int64)
+            wide_places = (partial * QUERIES + wide_query) * Q_HEADS + wide_heads
+            rows_of_partial = partials + wide_places * HEAD_MAIN
+            gl.store(rows_of_partial[:, None] + wide_columns[None, :], result, mask=wide_here[:, None])
+            places = (partial * QUERIES + lane_query) * Q_HEADS + heads
+            gl.store(partial_lses + places, lse_of(total, top), mask=here)
+        else:
+            out_rows = (
+                out + (first_query + wide_query).to(gl.int64) * out_token_stride + wide_heads * out_head_stride
+            )
+            numbers = result.to(out.dtype.element_ty)
+            gl.store(out_rows[:, None] + wide_columns[None, :], numbers, mask=wide_here[:, None])
+            if lse is not None:
+                lses = lse + (first_query + lane_query).to(gl.int64) * lse_token_stride + heads * lse_head_stride
+                gl.store(lses, lse_of(total, top), mask=here)
+        first_query = next_query
+        queries = next_queries
+        first_position = next_position
+        first_key = next_first_key
+        end_key = next_end_key
+        splits = next_splits
+        first_partial = next_partial
+
+
+@gluon.jit
+def fill_padding(
+    out,
+    lse,
+    first,
+    tokens,
+    step,
+    kv_head,
+    first_group_head,
+    out_token_stride,
+    out_head_stride,
+    lse_token_stride,
+    lse_head_stride,
+    GROUP: gl.constexpr,
+    PACK: gl.constexpr,
+    ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+):
+    """Zeros, and -inf as LSE, for queries first, first + step, ... < tokens, which belong to no row."""
+    LANES: gl.constexpr = COLUMNS // 8 if COLUMNS < 256 else 32
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
+    lanes = gl.arange(0, ROWS, layout=gl.SliceLayout(1, wide))
+    group_heads = first_group_head + lanes
+    heads = kv_head * GROUP + group_heads
+    ours = (lanes < PACK) & (group_heads < GROUP)
+    columns = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, wide))
+    for token in range(first, tokens, step):
+        rows = out + token.to(gl.int64) * out_token_stride + heads * out_head_stride
+        nothing = gl.zeros([ROWS, COLUMNS], out.dtype.element_ty, layout=wide)
+        gl.store(rows[:, None] + columns[None, :], nothing, mask=ours[:, None])
+        if lse is not None:
+            lses = lse + token.to(gl.int64) * lse_token_stride + heads * lse_head_stride
+            gl.store(lses, gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, wide)), mask=ours)
+
+
+@gluon.jit(do_not_specialize=["tokens", "rows"])
+def decode_kernel(
+    query,  # [T, Hq, D]
+    key,  # a descriptor of [N, Hk, P, D], boxes [1, 1, BOX, 64]; gathered: the cache [N, P, Hk, D]
+    value,
+    out,  # [T, Hq, V]
+    lse,  # [T, Hq] or None
+    partials,  # [partials, QUERIES, Hq, V] float32
+    partial_lses,  # [partials, QUERIES, Hq] float32
+    sinks,  # [Hq] or None
+    slopes,  # [Hq] or None
+    items,  # the schedule
+    parts,
+    query_starts,  # [R + 1]
+    table,  # [*, pages]
+    table_rows,  # [R], or None
+    tokens,
+    rows,
+    pages,  # N, and so the number of a page that there is not
+    scale,
+    soft_cap,
+    left,
+    right,
+    query_token_stride,
+    query_head_stride,
+    key_page_stride,
+    key_token_stride,
+    key_head_stride,
+    value_page_stride,
+    value_token_stride,
+    value_head_stride,
+    out_token_stride,
+    out_head_stride,
+    lse_token_stride,
+    lse_head_stride,
+    table_stride,
+    Q_HEADS: gl.constexpr,
+    GROUP: gl.constexpr,  # query heads of one key-value head
+    PACK: gl.constexpr,  # of them, how many share a program
+    QUERIES: gl.constexpr,  # the most queries of an item
+    DEPENDENT: gl.constexpr,  # whether the kernel ahead may still run when this one starts
+    OVERLAPPED: gl.constexpr,  # whether the merge is launched so that it may start before this kernel has ended
+    PADDING: gl.constexpr,  # whether queries past the last row are written here
+    CAUSAL: gl.constexpr,
+    HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
+    HAS_SOFT_CAP: gl.constexpr,
+    PAGE_SIZE: gl.constexpr,
+    BOX: gl.constexpr,  # keys of a box of the copy engine, 0 where the keys are gathered
+    ROWS: gl.constexpr,  # at least QUERIES * PACK
+    BLOCK_N: gl.constexpr,  # keys of a tile of the ring
+    TILE: gl.constexpr,  # keys of a tile of the schedule; BLOCK_N is a multiple of it, and it of BOX
+    HEAD_MAIN: gl.constexpr,
+    HEAD_TAIL: gl.constexpr,
+    STAGES: gl.constexpr,
+    LOAD_REGISTERS: gl.constexpr,  # of a thread that loads
+):
+    """One program works through one part for the packed heads of one key-value head; see `hopper_kernel.decode`."""
+    PACKS: gl.constexpr = (GROUP + PACK - 1) // PACK
+    LOAD_WARPS: gl.constexpr = 1 if BOX else GATHERING_WARPS
+    gl.static_assert(BOX == 0 or TILE % BOX == 0, "a part may begin amid a box")
+    kv_head = gl.program_id(0) // PACKS
+    first_group_head = gl.program_id(0) % PACKS * PACK
+    part = gl.program_id(1)
+
+    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    DTYPE: gl.constexpr = out.dtype.element_ty
+    q_smem = gl.allocate_shared_memory(DTYPE, [ROWS, HEAD_MAIN], layout)
+    p_smem = gl.allocate_shared_memory(DTYPE, [ROWS, BLOCK_N], layout)
+    k_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, HEAD_MAIN], layout)
+    v_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, HEAD_MAIN], layout)
+    q_tail_smem = q_smem
+    k_tail_ring = k_ring
+    if HEAD_TAIL:
+        q_tail_smem = gl.allocate_shared_memory(DTYPE, [ROWS, HEAD_TAIL], layout)
+        k_tail_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, HEAD_TAIL], layout)
+    k_full, k_free, v_full, v_free = make_barriers(1, BOX, STAGES)
+    fence_async_shared()
+    thread_barrier()
+    if DEPENDENT:
+        wait_for_kernel_ahead()
+
+    score_scale = scale_of_scores(scale, soft_cap, HAS_SOFT_CAP)
+    cap = soft_cap * LOG2E
+    if BOX:
+        k_slots = as_boxes(k_ring, BLOCK_N, BOX, HEAD_MAIN, STAGES)
+        v_slots = as_boxes(v_ring, BLOCK_N, BOX, HEAD_MAIN, STAGES)
+        k_tail_slots = k_slots
+        if HEAD_TAIL:
+            k_tail_slots = as_boxes(k_tail_ring, BLOCK_N, BOX, HEAD_TAIL, STAGES)
+        key_head = key
+        value_head = value
+    else:
+        k_slots = k_ring
+        v_slots = v_ring
+        k_tail_slots = k_tail_ring
+        key_head = key + kv_head.to(gl.int64) * key_head_stride
+        value_head = value + kv_head.to(gl.int64) * value_head_stride
+    gl.warp_specialize(
+        [
+            (attend_part, (
+                q_smem, q_tail_smem, p_smem, k_ring, k_tail_ring, v_ring, k_full, k_free, v_full, v_free, query, out,
+                lse, partials, partial_lses, sinks, slopes, items, parts, part, kv_head, first_group_head, score_scale,
+                cap, left, right, query_token_stride, query_head_stride, out_token_stride, out_head_stride,
+                lse_token_stride, lse_head_stride, Q_HEADS, GROUP, PACK, QUERIES, OVERLAPPED, CAUSAL, HAS_LEFT,
+                HAS_RIGHT, HAS_SOFT_CAP, BOX, ROWS, BLOCK_N, TILE, HEAD_MAIN, HEAD_TAIL, STAGES,
+            )),
+            (load_part_of_keys, (
+                key_head, value_head, k_slots, k_tail_slots, v_slots, k_full, k_free, v_full, v_free, items, parts,
+                part, table, table_rows, pages, kv_head, left, right, key_page_stride, key_token_stride,
+                value_page_stride, value_token_stride, table_stride, CAUSAL, HAS_LEFT, HAS_RIGHT, PAGE_SIZE, BOX,
+                BLOCK_N, TILE, HEAD_MAIN, HEAD_TAIL, STAGES,
+            )),
+        ],
+        [LOAD_WARPS],
+        [LOAD_REGISTERS],
+    )  # fmt: skip
+    if PADDING:
+        # Queries past the last row belong to no item: the parts share them out.
+        fill_padding(
+            out, lse, gl.load(query_starts + rows) + part, tokens, gl.num_programs(1), kv_head, first_group_head,
+            out_token_stride, out_head_stride, lse_token_stride, lse_head_stride, GROUP, PACK, ROWS, HEAD_MAIN,
+        )  # fmt: skip
