@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from gluon_emulator import language
-from gluon_emulator.machine import Program, program, running, where
+from gluon_emulator.machine import Program, error_text, program, running, where
 from gluon_emulator.shared import Descriptor, SharedMemory
 from gluon_emulator.values import OF_TORCH, EmulationError, GlobalMemory, Tensor, to_tensor
 
@@ -120,10 +120,8 @@ class Jitted:
                     self(**values)
                     one.finish()
                 except Exception as error:
-                    if not isinstance(error, EmulationError):
-                        error = EmulationError(f"{type(error).__name__}: {error}").with_traceback(error.__traceback__)
-                    message = f"{error}\n  program {place} of {self.__name__}, seed {Settings.seed}: {where(error)}"
-                    raise EmulationError(message).with_traceback(error.__traceback__) from None
+                    lines = f"program {place} of {self.__name__}, seed {Settings.seed}: {where(error)}"
+                    raise EmulationError(f"{error_text(error)}\n  {lines}") from error
 
     def _argument(self, name: str, value: Any, memories: dict[int, GlobalMemory]) -> Any:
         if "constexpr" in str(self.signature.parameters[name].annotation) or (

@@ -1,19 +1,21 @@
 """One program of a launch: its partitions, which run one at a time in a random order, and what is under way meanwhile.
 
-Each partition is a thread; the one that holds the turn runs until it calls something that synchronises, where `turn`
-draws who goes on and which asynchronous operations (`Pending`) end meanwhile. Both are drawn from a seed that also says
-how: whether one partition outruns the others, whether copies end at once, at random, or only when nobody can go on.
+Each partition is a greenlet, which runs until it calls something that synchronises, where `turn` draws who goes on and
+which asynchronous operations (`Pending`) end meanwhile. Both are drawn from a seed that also says how: whether one
+partition outruns the others, whether copies end at once, at random, or only when nobody can go on.
 """
 
 from __future__ import annotations
 
 import random
 import sys
-import threading
 import traceback
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from greenlet import getcurrent, greenlet
 
 from gluon_emulator.values import EmulationError
 
@@ -25,10 +27,6 @@ if TYPE_CHECKING:
 HERE = str(Path(__file__).parent)
 SPEEDS = (1.0, 1.0, 1.0, 0.02, 30.0)
 ENDS = (0.0, 0.0, 0.05, 0.3, 0.9)  # how likely a copy ends at a turn
-
-
-class _Stopped(BaseException):
-    """Another partition has failed: this one ends."""
 
 
 @dataclass
@@ -56,8 +54,11 @@ class Partition:
         speed: how likely it goes on, beside the others.
         fenced: when it last fenced its ordinary writes.
         products: its warpgroup products, in order, that it has not waited for.
-        copies: its cp.async since the last commit; groups: those committed and not waited for.
+        copies: its cp.async since the last commit.
+        groups: those committed that it has not waited for.
         stores: its TMA stores that it has not waited for.
+        until: what it waits for, in words `waits_for`; None if for nothing.
+        line: where it came last.
     """
 
     name: str
@@ -72,8 +73,7 @@ class Partition:
     waits_for: str = ""
     done: bool = False
     line: str = ""
-    turn: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    error: BaseException | None = None
+    greenlet: greenlet = field(default_factory=getcurrent)
 
 
 class Program:
@@ -85,6 +85,11 @@ class Program:
         num_warps: of the default partition.
         seed: of everything random in it.
         shared_limit: bytes of shared memory it may have.
+
+    Attributes:
+        partition: the one that runs.
+        pending: what is under way.
+        clock: counts stores and fences.
     """
 
     def __init__(
@@ -101,14 +106,7 @@ class Program:
         self.pending: list[Pending] = []
         self.barriers: list[Barrier] = []
         self.allocations: list[Allocation] = []
-        self.failed = False
-        self._here = threading.local()
-        self._here.partition = self.partitions[0]
-
-    @property
-    def partition(self) -> Partition:
-        """The one that runs."""
-        return self._here.partition
+        self.partition: Partition = self.partitions[0]
 
     def start(self, what: str, end: Callable[[], None]) -> Pending:
         """Let something be under way until `end` is called, sooner or later."""
@@ -125,12 +123,13 @@ class Program:
         me = self.partition
         me.line = kernel_line()
         me.until, me.waits_for = until, waits_for
-        following = self._next()
-        if following is not me:
-            following.turn.release()
-            me.turn.acquire()
-            if self.failed:
-                raise _Stopped
+        while True:
+            self.partition = self._next()
+            if self.partition is me:
+                break
+            self.partition.greenlet.switch()
+            if self.partition is me:  # or else another one has ended, and who goes on is to be drawn
+                break
         me.until = None
 
     def _next(self) -> Partition:
@@ -168,46 +167,21 @@ class Program:
         self.partitions += [Partition(name, warps) for name, _, warps in others]
         for partition in self.partitions:
             partition.speed = self.random.choice(SPEEDS)
-        threads = [
-            threading.Thread(target=self._run, args=(partition, function), daemon=True)
-            for partition, (_, function, _) in zip(self.partitions[1:], others, strict=True)
-        ]
-        for thread in threads:
-            thread.start()
-        try:
-            self.turn()
-            result = main[1]()
-            self.check_end(me)
-            self.turn(lambda: all(p.done for p in self.partitions[1:]), "the other partitions to end")
-        except BaseException as error:
-            self.failed = True
-            for partition in self.partitions[1:]:
-                partition.turn.release()
-            for thread in threads:
-                thread.join()
-            first = next((p.error for p in self.partitions if p.error is not None), None)
-            raise (first if first is not None and isinstance(error, _Stopped) else error)  # noqa: B904
-        for thread in threads:
-            thread.join()
+        for partition, (_, function, _) in zip(self.partitions[1:], others, strict=True):
+            partition.greenlet = greenlet(partial(self._run, partition, function))
+        self.turn()
+        result = main[1]()
+        self.check_end(me)
+        self.turn(lambda: all(p.done for p in self.partitions[1:]), "the other partitions to end")
         return result
 
     def _run(self, partition: Partition, function: Callable[[], Any]) -> None:
-        self._here.partition = partition
-        partition.turn.acquire()
         try:
-            if self.failed:
-                return
             function()
             self.check_end(partition)
-            partition.done = True
-            self._next().turn.release()
-        except _Stopped:
-            pass
-        except BaseException as error:  # the main partition raises it
-            partition.error = error
-            partition.done = True
-            self.failed = True
-            self.partitions[0].turn.release()
+        except Exception as error:  # goes on to the first partition, whose own lines say nothing of it
+            raise EmulationError(f"{error_text(error)}\n  {partition.name}: {where(error)}") from None
+        partition.done = True
 
     def check_end(self, partition: Partition) -> None:
         """Everything that a partition began has been waited for."""
@@ -233,13 +207,18 @@ def kernel_line() -> str:
         frame = frame.f_back
     if frame is None:
         return "?"
-    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
+    return f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno} in {frame.f_code.co_name}"
 
 
 def where(error: BaseException) -> str:
     """The lines of the kernel that led to an error, the innermost last."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(HERE)]
     return " < ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in reversed(frames))
+
+
+def error_text(error: BaseException) -> str:
+    """What an error says, and its kind where it is none of the emulator's."""
+    return str(error) if isinstance(error, EmulationError) else f"{type(error).__name__}: {error}"
 
 
 _current: list[Program] = []

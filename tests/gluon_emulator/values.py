@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,7 +98,7 @@ def cut(numbers: Numbers, dtype: tl.dtype) -> Numbers:
 
 def cast(numbers: Numbers, source: tl.dtype, target: tl.dtype) -> Numbers:
     """As the device converts: toward zero to integers, to nearest among floats, saturating to fp8."""
-    if source == target:
+    if source is target or source == target:
         return numbers
     if target == tl.int1:
         return numbers != 0
@@ -449,7 +450,12 @@ def common_dtype(a: Any, b: Any, division: bool = False) -> tl.dtype:
                 low, high = (0, UNSIGNED[tensor]) if tensor in UNSIGNED else _range(tensor)
                 if not low <= value <= high:
                     raise EmulationError(f"{value} does not fit into {tensor}")
-    x, y = types
+    return _promoted(types[0].name, types[1].name, division)
+
+
+@lru_cache
+def _promoted(first: str, second: str, division: bool) -> tl.dtype:
+    x, y = types = tl.dtype(first), tl.dtype(second)
     if tl.float64 in types:
         return tl.float64
     if division and (x.is_floating() or y.is_floating()):
@@ -465,8 +471,9 @@ def common_dtype(a: Any, b: Any, division: bool = False) -> tl.dtype:
         raise EmulationError(f"{x} and {y} are not divided by one another: their signs differ")
     if x.int_signedness == y.int_signedness:
         return x if x.int_bitwidth > y.int_bitwidth else y
-    unsigned, signed = (x, y) if x in UNSIGNED else (y, x)
-    return unsigned if unsigned.int_bitwidth >= signed.int_bitwidth else signed
+    signed = tl.dtype.SIGNEDNESS.SIGNED
+    wide, other = (y, x) if x.int_signedness == signed else (x, y)
+    return wide if wide.int_bitwidth >= other.int_bitwidth else other
 
 
 def operands(a: Any, b: Any, dtype: tl.dtype) -> tuple[Numbers, Numbers, Any]:
