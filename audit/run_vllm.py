@@ -8,17 +8,20 @@ REQUEST is a `work.Request`, RECORD a `records.Run`; both as JSON. Lines that be
 from __future__ import annotations
 
 import sys
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taut.adapters.vllm import bridge
+from taut.audit.device import Profiler
+from taut.audit.padding import try_padding
 from taut.audit.records import Layer, Run, Step
 from taut.audit.trace import Trace
 from taut.audit.watch import Watch
 from taut.audit.work import Request, class_name, device_name, held_bytes, modules_of, prompts, read_request, say, write
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 
 class Audited:
@@ -31,11 +34,14 @@ class Audited:
     Attributes:
         parts: of the worker.
         batch: the `CommonAttentionMetadata` of the last step.
+        trace: the first source.
     """
 
     def __init__(self, worker: Any, watch: Watch) -> None:
         self.parts = bridge.audited_parts(worker)
         self.batch: Any = None
+        self.device: str = self.first_layer.kv_cache.device.type
+        self.trace = Trace(self.device, modules_of([self.first_layer.impl, *self.parts.builders]))
         for builder in self.parts.builders:
             watch.method(builder, "build", "metadata", "metadata", "backend")
             self._note_batches(builder)
@@ -46,9 +52,9 @@ class Audited:
         watch.steps(self.parts.runner, "execute_model", self.describe)
 
     @property
-    def implementation(self) -> Any:
-        """The first layer's."""
-        return next(iter(self.parts.layers.values())).impl
+    def first_layer(self) -> Any:
+        """The model's first layer of attention."""
+        return next(iter(self.parts.layers.values()))
 
     def _note_batches(self, builder: Any) -> None:
         build = builder.build
@@ -67,10 +73,24 @@ class Audited:
         step.tokens = int(self.batch.num_actual_tokens)
         step.padded = int(self.batch.num_reqs) - asked
 
-    def layers(self) -> list[Layer]:
-        """What the layers have to work on."""
+    def record(self, request: Request, watch: Watch) -> Run:
+        """What has been seen so far."""
+        import vllm
+
+        implementation = self.first_layer.impl
         itemsize = self.parts.runner.vllm_config.model_config.dtype.itemsize
-        return [_facts(name, layer, itemsize) for name, layer in self.parts.layers.items()]
+        return Run(
+            asked=request.asked,
+            engine="vllm",
+            release=vllm.__version__,
+            device=device_name(self.device),
+            backend=class_name(implementation),
+            kernels=getattr(getattr(implementation, "kernels", None), "__name__", "").rpartition(".")[2],
+            layers=[_facts(name, layer, itemsize) for name, layer in self.parts.layers.items()],
+            held=held_bytes([*self.parts.builders, *(layer.impl for layer in self.parts.layers.values())]),
+            steps=self.trace.steps,
+            captured_splits=watch.captured,
+        )
 
 
 def _facts(name: str, layer: Any, itemsize: int) -> Layer:
@@ -84,61 +104,70 @@ def _facts(name: str, layer: Any, itemsize: int) -> Layer:
     return Layer(name, layer.num_heads, layer.num_kv_heads, layer.head_size, values, itemsize, stored, left)
 
 
-def run(request: Request) -> Run:
-    """Start vLLM, warm it up, and record one prefill and the decode steps that follow it."""
+def run(request: Request, path: Path) -> Run:
+    """Start vLLM, warm it up, and record one prefill and the decode steps that follow it; see `records.Run`."""
     import vllm
 
     if request.plugin:
         _register(request.plugin)
     watch = Watch()
     say("starting vLLM")
-    total = sum(map(len, prompts(request.rows, request.context)))
-    engine = vllm.LLM(
-        request.model,
-        load_format="dummy" if request.made_up else "auto",
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        enable_prefix_caching=False,
-        max_model_len=request.context + request.steps + 16,
-        max_num_seqs=request.rows,
-        max_num_batched_tokens=max(2048, total),
-        hf_overrides={"num_hidden_layers": request.layers} if request.layers else {},
-        **({"attention_backend": request.flag} if request.flag else {}),
-        **request.options,
-    )
+    arguments: dict[str, Any] = {
+        "model": request.model,
+        "load_format": "dummy" if request.made_up else "auto",
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "max_model_len": request.context + request.steps + 16,
+        "max_num_seqs": request.rows,
+        "max_num_batched_tokens": max(2048, sum(map(len, prompts(request.rows, request.context)))),
+    }
+    if request.layers:
+        arguments["hf_overrides"] = {"num_hidden_layers": request.layers}
+    if request.flag:
+        arguments["attention_backend"] = request.flag
+    engine = vllm.LLM(**(arguments | request.options))
     audited: list[Audited] = engine.collective_rpc(lambda worker: Audited(worker, watch))
     here = audited[0]
-    device = next(iter(here.parts.layers.values())).kv_cache.device.type
-    found = Run(
-        request.asked,
-        "vllm",
-        vllm.__version__,
-        device_name(device),
-        class_name(here.implementation),
-        getattr(getattr(here.implementation, "kernels", None), "__name__", ""),
-        here.layers(),
-        held_bytes([*here.parts.builders, *(layer.impl for layer in here.parts.layers.values())]),
-    )
-    trace = Trace(device, modules_of([here.implementation, *here.parts.builders]))
+    served = here.parts.backends[0].get_name()
+    if request.flag not in ("", "CUSTOM", served):
+        raise SystemExit(f"taut: vLLM took {served} in place of {request.flag}, which it does not offer on this device")
     say("warming up")
     _generate(engine, request, "warm-up", 3)
     say("tracing")
-    watch.source = trace
+    watch.source = here.trace
     _generate(engine, request, "traced", request.steps + 1)
     watch.source = None
-    found.steps = trace.steps
-    found.captured_splits = watch.captured
+    found = here.record(request, watch)
+    write(path, found)
+    if here.device == "cuda":
+        say("profiling")
+        profiler = Profiler()
+        # The first step prefills, the second is the first to decode.
+        _generate(engine, request, "profiled", 4, {2: lambda: watch.use(profiler), 3: lambda: watch.use(None)})
+        found.observed = profiler.device
+        write(path, found)
+    say("trying rows without work")
+    found.padding = try_padding(here.parts.builders[0], here.first_layer, here.batch)
+    write(path, found)
     return found
 
 
-def _generate(engine: Any, request: Request, name: str, tokens: int) -> None:
+def _generate(
+    engine: Any, request: Request, name: str, tokens: int, before: Mapping[int, Callable[[], None]] | None = None
+) -> None:
+    """Generate so many tokens for each prompt; `before` is called before the steps of these numbers, from 0 on."""
     from vllm import SamplingParams
 
     core = engine.llm_engine
     for i, prompt in enumerate(prompts(request.rows, request.context)):
         parameters = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
         core.add_request(f"{name}-{i}", {"prompt_token_ids": prompt}, parameters)
-    while core.has_unfinished_requests():
+    for step in count():
+        if not core.has_unfinished_requests():
+            return
+        if before and step in before:
+            before[step]()
         core.step()
 
 
@@ -151,4 +180,4 @@ def _register(plugin: str) -> None:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[2]), run(read_request(Path(sys.argv[1]))))
+    run(read_request(Path(sys.argv[1])), Path(sys.argv[2]))

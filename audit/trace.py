@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -111,6 +112,9 @@ class Trace:
         """Run an operator, and keep what it did."""
         if self._quiet or self._scope is None:
             return function(*arguments, **named)
+        if _made_of_others(function):
+            with _Dispatched(self):
+                return function.decompose(*arguments, **named)
         entered, began = self._entered, self._now()
         self._quiet = True
         try:
@@ -203,6 +207,13 @@ def _ignore(_: Any) -> None:
 
 def _transparent(module: str) -> bool:
     return any(module == package or module.startswith(f"{package}.") for package in TRANSPARENT)
+
+
+@cache
+def _made_of_others(function: Any) -> bool:
+    """Whether an operator of torch's only calls others; inference mode dispatches it nevertheless."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return function.namespace == "aten" and bool(has(function.name(), "CompositeImplicitAutograd"))
 
 
 def _place(frame: FrameType) -> Place:

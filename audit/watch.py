@@ -52,6 +52,10 @@ class Watch:
         self._in_step = False
         self._install()
 
+    def use(self, source: Source | None) -> None:
+        """Let a source record the coming steps; None: nothing does."""
+        self.source = source
+
     def method(self, owner: Any, name: str, scope: str, what: str, by: str) -> None:
         """Stand in for a method of one object; nothing is done where it has none of this name.
 

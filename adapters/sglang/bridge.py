@@ -34,6 +34,8 @@ CAPTURE_PROBES = ("is_in_piecewise_cuda_graph", "is_in_tc_piecewise_cuda_graph",
 BASE = "sglang.srt.layers.attention.base_attn_backend"
 SWA_POOL = "sglang.srt.mem_cache.swa_memory_pool"
 CONFIGS = "sglang.srt.utils.hf_transformers_utils"
+ENGINE = "sglang.srt.entrypoints.engine"
+SCHEDULER = "sglang.srt.managers.scheduler"
 SPECULATION = "sglang.srt.speculative.spec_info"
 BUILDERS = ("init_attention_backends", "init_attention_backend")
 
@@ -194,6 +196,24 @@ LEDGER = (
         why="TAUT_ATTENTION=auto judges the model before SGLang starts",
         ends="when a setting of the environment can choose a backend",
         probe=lambda: _has(CONFIGS, "get_config"),
+    ),
+    Touch(
+        what="Engine.run_scheduler_process_func: what a scheduler's process runs",
+        since="0.5.11",
+        until="",
+        detected="an attribute of sglang.srt.entrypoints.engine.Engine",
+        why="`taut audit` watches from inside that process; nothing else uses it",
+        ends="when SGLang tells how a step spends its time in attention",
+        probe=lambda: _has_method(ENGINE, "Engine", "run_scheduler_process_func"),
+    ),
+    Touch(
+        what="ModelRunner.forward(forward_batch) runs a step, with attn_backend for its attention",
+        since="0.5.11",
+        until="",
+        detected="a method of the class; the backends are there when the method of the entry above has built them",
+        why="`taut audit` tells one step from the next by it",
+        ends="with the entry above",
+        probe=lambda: _has_method(MODEL_RUNNER, "ModelRunner", "forward"),
     ),
 )
 
@@ -444,3 +464,39 @@ def take_output(batch: Any) -> Tensor | None:
     if given is not None:
         batch._attn_output = None
     return given
+
+
+def audited_engine(run_scheduler: Callable[..., Any], **arguments: Any) -> Any:
+    """SGLang's engine, whose scheduler's process runs a function of ours; it must lead to `run_scheduler_process`."""
+    base = import_module(ENGINE).Engine
+    return type("AuditedEngine", (base,), {"run_scheduler_process_func": staticmethod(run_scheduler)})(**arguments)
+
+
+def run_scheduler_process(*arguments: Any, **named: Any) -> Any:
+    """What a scheduler's process runs otherwise."""
+    return import_module(SCHEDULER).run_scheduler_process(*arguments, **named)
+
+
+def when_backends_are_built(hook: Callable[[Any], None]) -> None:
+    """Call `hook(model_runner)` when a model's attention backends have been built, in a process that audits."""
+    runner = import_module(MODEL_RUNNER).ModelRunner
+    method = next(name for name in BUILDERS if hasattr(runner, name))
+    build = getattr(runner, method)
+
+    def building(self: Any, *arguments: Any, **named: Any) -> Any:
+        built = build(self, *arguments, **named)
+        hook(self)
+        return built
+
+    setattr(runner, method, building)
+
+
+def register_audited(name: str, factory: Callable[[Any], Any]) -> str:
+    """Let a name stand for the backend that `factory(model_runner)` makes, in a process that audits; gives the name."""
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+    register_attention_backend(name)(factory)
+    server_args = import_module(SERVER_ARGS)
+    if name not in server_args.ATTENTION_BACKEND_CHOICES:
+        server_args.add_attention_backend_choices([name])
+    return name

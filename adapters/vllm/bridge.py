@@ -650,11 +650,13 @@ class AuditedParts:
 
     Args:
         runner: runs a step with `execute_model`.
+        backends: the classes that vLLM chose.
         builders: of metadata, with `build`.
         layers: by their names, with `forward` and `impl`.
     """
 
     runner: Any
+    backends: list[type[Any]]
     builders: list[Any]
     layers: dict[str, Any]
 
@@ -666,7 +668,7 @@ def audited_parts(worker: Any) -> AuditedParts:
     names = [name for group in groups for name in group.layer_names]
     found = layers(runner.vllm_config, names)
     builders = [builder for group in groups for builder in group.metadata_builders]
-    return AuditedParts(runner, builders, dict(zip(names, found, strict=True)))
+    return AuditedParts(runner, [group.backend for group in groups], builders, dict(zip(names, found, strict=True)))
 
 
 def audited_batch(arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
