@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from taut.common_kernels.step import Step
 
 log = logging.getLogger("taut.sglang")
+
+MOST_IDLE_ROWS = 1024  # of the warm-up, whose queries and outputs must find room
 
 
 class TautBackend(AttentionBackend):
@@ -68,19 +71,25 @@ class TautBackend(AttentionBackend):
             kernels=selection.chosen().kernels,
         )
         self.max_tokens = most_tokens(arguments)
+        # Queries of each row in the steps that come again and again: decode, and verification where there are drafts.
+        self.usual_queries = sorted({1, int(getattr(arguments, "speculative_num_draft_tokens", None) or 1)})
         self.workspaces: dict[tuple[Problem, bool], Workspace] = {}
         # By mode and rows, the last one captured last. Kept as long as we are: graphs read what these own.
         self.captured: dict[tuple[Any, int], list[TautMetadata]] = {}
         self._workspace_rows = 0
         self._sinks: dict[Any, tuple[Tensor, int | None]] = {}
         found = bridge.attention_layers(getattr(model_runner, "model", None))
+        # By layer and queries of a row, 0 for any number.
+        self.plans: dict[tuple[Any, int], Plan] = {}
         try:
-            self.plans: dict[Any, Plan] = layers.judge(found, self.around)
+            for layer, plan in layers.judge(found, self.around).items():
+                for queries in (0, *self.usual_queries):
+                    self.plans[layer, queries] = layers.bounded(plan, queries, self.around.kernels)
         except ValueError as error:
             raise ValueError(selection.refusal([str(error)])) from error
         translation = bridge.slot_translation(self.token_to_kv_pool)
         windowed = [plan for plan in self.plans.values() if plan.windowed_pool]
-        self.first_windowed = next((layer for layer, plan in self.plans.items() if plan.windowed_pool), None)
+        self.first_windowed = next((layer for (layer, _), plan in self.plans.items() if plan.windowed_pool), None)
         self.steps = Steps(
             self.req_to_token_pool.req_to_token,
             int(self.req_to_token_pool.size) + 1,
@@ -95,6 +104,8 @@ class TautBackend(AttentionBackend):
             bridge.register_mla(mla_form)
         for kind, provider in dict.fromkeys((kind_of(plan), plan.provider) for plan in self.plans.values()):
             selection.announce(kind, provider)
+        if self.device.type == "cuda":
+            self.warm_up()
 
     # Metadata
 
@@ -209,6 +220,48 @@ class TautBackend(AttentionBackend):
     def update_verify_buffers_to_fill_after_draft(self, spec_info: Any, cuda_graph_bs: int | None) -> None:
         """Nothing depends on what the draft fills in."""
 
+    def warm_up(self) -> None:
+        """Run a layer of each kind over steps without keys, so that nothing compiles while the model serves.
+
+        The steps have 1, 2, 4, ... rows of one query each, and one has a row of as many as a prompt may have: kernels
+        are compiled for the number of rows and for the most queries that the host promises, not for how many there are.
+        """
+        most = min(int(self.req_to_token_pool.size), MOST_IDLE_ROWS)
+        kinds = {plan.problem: layer for (layer, queries), plan in self.plans.items() if not queries}
+        for layer in kinds.values():
+            for rows in sorted({min(1 << power, most) for power in range(most.bit_length() + 1)}):
+                for queries in self.usual_queries:
+                    self._run_idle(layer, rows, queries)
+            self._run_idle(layer, 1, 0)
+        self.forward_metadata = None
+
+    def _run_idle(self, layer: Any, rows: int, queries: int) -> None:
+        """One step of rows without keys through one layer; `queries` of each row, 0 for one row of a prompt."""
+        plan, tokens = self.plans[layer, 0], rows * (queries or 1)
+        nothing = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        counts = None if queries else torch.ones(rows, dtype=torch.int32, device=self.device)
+        metadata = self.steps.metadata(Batch(nothing, nothing, tokens, queries, counts, queries or self.max_tokens))
+        self.forward_metadata = metadata
+        self._prepare(metadata)
+        problem, dtype = plan.problem, self.around.dtype
+        query = torch.zeros(tokens, problem.q_heads, problem.head_size, dtype=dtype, device=self.device)
+        key = torch.zeros(tokens, problem.kv_heads, problem.head_size, dtype=dtype, device=self.device)
+        value, parts = key[..., : problem.value_size], {}
+        if plan.absorbed:
+            parts = {"q_rope": query[..., problem.value_size :], "k_rope": key[..., problem.value_size :]}
+            query, key = query[..., : problem.value_size], value
+        for chunk in (False, True) if plan.ragged else (False,):
+            forward = SimpleNamespace(
+                out_cache_loc=torch.full((tokens,), -1, dtype=torch.int64, device=self.device),
+                extend_prefix_lens_cpu=None,
+                attn_attend_prefix_cache=chunk,
+                mha_return_lse=chunk,
+                prefix_chunk_idx=0,
+                prefix_chunk_cu_seq_lens=[metadata.step.query_starts],
+                prefix_chunk_max_seq_lens=[self.max_tokens],
+            )
+            self._attend(query, key, value, layer, forward, not plan.ragged, **parts)
+
     def _make_room(self, batch: Batch) -> None:
         """New workspaces if a batch is larger than any that was to be expected (padding under data parallelism)."""
         if batch.tokens > self.max_tokens or self.steps.max_rows > self._workspace_rows:
@@ -222,9 +275,14 @@ class TautBackend(AttentionBackend):
         self.steps.fill(metadata)
         metadata.windowed_slots = metadata.whole_starts = None
         for key, workspace in self.workspaces.items():
-            metadata.prepared.setdefault(key, workspace)
+            if key[0].max_query == self._queries(metadata):
+                metadata.prepared.setdefault(key, workspace)
         for (_, windowed), workspace in metadata.prepared.items():
             workspace.prepare(metadata.windowed if windowed and metadata.windowed else metadata.step)
+
+    def _queries(self, metadata: TautMetadata) -> int:
+        """For how many queries of a row the kernels of a step are cut: 0 for any number."""
+        return metadata.batch.queries if metadata.batch.queries in self.usual_queries else 0
 
     def _workspace(self, plan: Plan) -> Workspace | None:
         """The workspace that a layer shares with all that ask for the same; made on first use."""
@@ -232,12 +290,13 @@ class TautBackend(AttentionBackend):
             return None
         key = plan.problem, plan.windowed_pool
         if key not in self.workspaces:
-            self._workspace_rows = self.steps.max_rows
+            rows = self._workspace_rows = self.steps.max_rows
+            bound = plan.problem.max_query
             table = selection.chosen().table
             self.workspaces[key] = plan.kernels.workspace(
                 plan.problem,
-                self.steps.max_rows,
-                max(self.max_tokens, self.steps.max_rows),
+                rows,
+                rows * bound if bound else max(self.max_tokens, rows),
                 str(self.device),
                 None if table is None else str(table),
             )
@@ -293,7 +352,7 @@ class TautBackend(AttentionBackend):
         metadata = self.forward_metadata
         assert metadata is not None
         selection.say_first_step(metadata.batch.rows, metadata.batch.tokens)
-        plan = self._plan(layer)
+        plan = self._plan(layer, self._queries(metadata))
         if sinks is not None and (plan.absorbed or plan.ragged):
             raise ValueError(selection.refusal(["sinks of MLA (sinks) are not supported"]))
         if plan.absorbed:
@@ -306,13 +365,15 @@ class TautBackend(AttentionBackend):
             return self._unabsorbed(q, k, v, layer, plan, forward_batch, metadata, save_kv_cache)
         return self._dense(q, k, v, layer, plan, forward_batch, metadata, save_kv_cache, sinks)
 
-    def _plan(self, layer: Any) -> Plan:
-        if layer not in self.plans:
-            self.plans[layer] = layers.plan(layer, self.around)
-            selection.announce(kind_of(self.plans[layer]), self.plans[layer].provider)
-            if self.first_windowed is None and self.plans[layer].windowed_pool:
+    def _plan(self, layer: Any, queries: int) -> Plan:
+        """How a layer is served in steps whose rows have so many queries, 0 for any number; settled on first use."""
+        if (layer, queries) not in self.plans:
+            plan = self.plans.get((layer, 0)) or layers.plan(layer, self.around)
+            self.plans[layer, queries] = plan = layers.bounded(plan, queries, self.around.kernels)
+            selection.announce(kind_of(plan), plan.provider)
+            if self.first_windowed is None and plan.windowed_pool:
                 self.first_windowed = layer
-        return self.plans[layer]
+        return self.plans[layer, queries]
 
     def _ready(self, plan: Plan, metadata: TautMetadata) -> tuple[Step, Workspace]:
         """A layer's step and its workspace, which is prepared now if no layer has asked for it before."""
@@ -515,15 +576,18 @@ def mla_form(layer: Any, forward_batch: Any) -> Any:
     is projected up first, for Hq * C * (D - E + V). So prompts are unabsorbed where nothing of them is cached, and
     where enough new tokens share the projection of what is; decode, verification and captured prefills are absorbed.
     """
-    forms = bridge.mla_forms()
-    prefixes = forward_batch.extend_prefix_lens_cpu
-    if (
-        bridge.prefill_is_captured()
-        or not forward_batch.forward_mode.is_extend_without_speculative()
-        or prefixes is None
-    ):
+    prompts = forward_batch.forward_mode.is_extend_without_speculative()
+    if bridge.prefill_is_captured() or not prompts or forward_batch.extend_prefix_lens_cpu is None:
         return bridge.absorbed_form(layer, forward_batch)
-    cached = sum(prefixes)
+    form = _form_of_prompts(layer, forward_batch)
+    selection.say(f"prompts are served in SGLang's form {form.name}", logging.DEBUG)
+    return form
+
+
+def _form_of_prompts(layer: Any, forward_batch: Any) -> Any:
+    forms = bridge.mla_forms()
+    new, old = forward_batch.extend_seq_lens_cpu, forward_batch.extend_prefix_lens_cpu
+    cached = sum(old)
     if not cached:
         return forms.MHA
     if layer.disable_chunked_prefix_cache:
@@ -531,11 +595,10 @@ def mla_form(layer: Any, forward_batch: Any) -> Any:
     rank, rope, value = layer.kv_lora_rank, layer.qk_rope_head_dim, layer.v_head_dim
     nope = layer.qk_nope_head_dim
     saved = (2 * rank + rope) - (nope + rope + value)
-    pairs = sum(new * old for new, old in zip(forward_batch.extend_seq_lens_cpu, prefixes, strict=False))
+    pairs = sum(queries * keys for queries, keys in zip(new, old, strict=False))
     if pairs * saved <= cached * rank * (nope + value):
         return bridge.absorbed_form(layer, forward_batch)
-    whole = cached + sum(forward_batch.extend_seq_lens_cpu)
-    if whole <= forward_batch.get_max_chunk_capacity():
+    if cached + sum(new) <= forward_batch.get_max_chunk_capacity():
         return forms.MHA_ONE_SHOT
     # SGLang's kernel that merges chunks is for GPUs.
     return forms.MHA_CHUNKED_KV if forward_batch.seq_lens.is_cuda else bridge.absorbed_form(layer, forward_batch)

@@ -111,19 +111,40 @@ def plan(layer: Any, around: Surroundings) -> Plan:
         raise ValueError("; ".join(reasons))
     problem = problem_of_layer(layer, around)
     choice = registry().choose(problem, around.kernels)
-    left = layer.sliding_window_size if layer.sliding_window_size and layer.sliding_window_size > 0 else -1
+    left = window(layer)
     causal = "causal" in problem.features
     return Plan(
         problem=problem,
         provider=choice.provider.name,
         kernels=choice.provider.kernels,
-        # SGLang's window is the number of keys before the query's own, and as many after it where it sees both ways.
+        # As far after the query as before it where the layer sees both ways.
         mask=Mask(causal, left, -1 if causal else left, float(layer.logit_cap or 0.0)),
         scale=float(layer.scaling),
         key_scale=_scale(layer.k_scale, around) if not around.mla else None,
         value_scale=_scale(layer.v_scale, around) if not around.mla else None,
         windowed_pool=bridge.has_slots_of_its_own(around.pool, layer.layer_id),
     )
+
+
+def bounded(plan: Plan, queries: int, kernels: str) -> Plan:
+    """The same layer in steps whose rows have at most so many queries, which kernels are cut for.
+
+    Args:
+        plan: of steps whose rows may have any number.
+        queries: 1 for decode; 0 for any number.
+        kernels: the provider that was asked for, or "auto".
+    """
+    if plan.problem.operation == "ragged_attention" or not queries:
+        return plan
+    problem = replace(plan.problem, max_query=queries)
+    provider = registry().choose(problem, kernels).provider
+    return replace(plan, problem=problem, provider=provider.name, kernels=provider.kernels)
+
+
+def window(layer: Any) -> int:
+    """How many keys before its own a query sees, SGLang's measure of a window; -1 for all."""
+    size = layer.sliding_window_size
+    return int(size) if size and size > 0 else -1
 
 
 def problem_of_layer(layer: Any, around: Surroundings) -> Problem:
@@ -135,7 +156,7 @@ def problem_of_layer(layer: Any, around: Surroundings) -> Problem:
     encoder = bridge.attention_type(layer) == ENCODER
     features = {
         "non_causal" if encoder else "causal": True,
-        "window": bool(layer.sliding_window_size and layer.sliding_window_size > 0),
+        "window": window(layer) >= 0,
         "soft_cap": bool(layer.logit_cap),
     }
     dtype, cache_dtype = _name(around.dtype), _name(around.cache_dtype)
@@ -150,6 +171,7 @@ def problem_of_layer(layer: Any, around: Surroundings) -> Problem:
         value_size=layer.v_head_dim,
         page_size=1,
         features=frozenset(feature for feature, needed in features.items() if needed),
+        left=window(layer),
     )
     contiguous = replace(problem, operation="ragged_attention", cache_dtype=dtype, page_size=0)
     if encoder:

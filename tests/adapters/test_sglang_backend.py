@@ -13,6 +13,7 @@ pytest.importorskip("sglang", reason="needs SGLang's classes: make sglang")
 
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.speculative.spec_info import SpecInputType
 
 from taut.adapters.engine import Selection
 from taut.adapters.sglang import backend, selection
@@ -123,9 +124,8 @@ def test_a_layer_costs_its_kernels_and_nothing_else(offered: bool) -> None:
     made = runner(attention)
     ours = backend.TautBackend(made)
     calls: list[str] = []
-    plan = ours.plans[attention]
-    ours.plans[attention] = backend.replace(
-        plan,
+    ours.plans[attention, 1] = backend.replace(
+        ours.plans[attention, 1],
         kernels=SimpleNamespace(
             workspace=reference.workspace,
             store_kv=lambda *_, **__: calls.append("store_kv"),
@@ -208,6 +208,146 @@ def test_captured_metadata_of_both_kinds() -> None:
         ours.init_cuda_graph_state(8, 8)  # the reference
 
 
+def test_a_replay_reads_the_batch_it_is_given() -> None:
+    """Not the one that was captured, whose tensors may be others: with other rows and other lengths."""
+    attention = layer()
+    made = runner(attention)
+    ours = backend.TautBackend(made)
+    captured = batch(made, ForwardMode.DECODE, [2, 1], [1, 1])
+    ours.init_forward_metadata_out_graph(captured, in_capture=True)
+    ours.init_forward_metadata_in_graph(captured)
+    replayed = batch(made, ForwardMode.DECODE, [9, 7], [1, 1])
+    replayed.req_pool_indices = torch.tensor([1, 4])
+    ours.init_forward_metadata_out_graph(replayed)
+    ours.init_forward_metadata_in_graph(replayed)
+    assert ours.forward_metadata is not None
+    assert ours.forward_metadata.step.lengths.tolist() == [9, 7]
+    assert ours.forward_metadata.step.pages.rows.tolist() == [1, 4]
+
+
+def test_a_captured_prompt_is_made_ready_before_each_replay() -> None:
+    """Its graph holds the layers alone: lengths and starts must lie where the graph reads them."""
+    made = runner(layer())
+    ours = backend.TautBackend(made)
+    ours.init_forward_metadata_out_graph(batch(made, ForwardMode.EXTEND, [4, 2], [4, 2]), in_capture=True)
+    assert ours.forward_metadata is not None
+    step = ours.forward_metadata.step
+    ours.init_forward_metadata_out_graph(batch(made, ForwardMode.EXTEND, [9, 7], [5, 1]))
+    assert step.lengths.tolist() == [9, 7]
+    assert step.query_starts.tolist() == [0, 5, 6]
+
+
+def test_kernels_are_cut_for_the_queries_of_a_row() -> None:
+    """One for decode, as many as are verified, and any number for prompts; each with a workspace of its own."""
+    attention = layer(sliding_window_size=4)
+    ours = backend.TautBackend(runner(attention, speculative_num_draft_tokens=3))
+    problems = {queries: ours.plans[attention, queries].problem for queries in (0, 1, 3)}
+    assert {queries: problem.max_query for queries, problem in problems.items()} == {0: 0, 1: 1, 3: 3}
+    assert all(problem.left == 4 for problem in problems.values())
+    assert {problem.max_query for problem, _ in ours.workspaces} == {0, 1, 3}
+    made = runner(attention, speculative_num_draft_tokens=3)
+    for mode, queries in (
+        (ForwardMode.DECODE, [1, 1]),
+        (ForwardMode.TARGET_VERIFY, [3, 3]),
+        (ForwardMode.EXTEND, [4, 2]),
+    ):
+        ours.init_forward_metadata(batch(made, mode, [9, 7], queries))
+        assert ours.forward_metadata is not None
+        assert {problem.max_query for problem, _ in ours.forward_metadata.prepared} == {
+            queries[0] if mode != ForwardMode.EXTEND else 0
+        }
+
+
+def test_warm_up_runs_every_kind_of_step_and_leaves_the_cache_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = layer()
+    made = runner(attention, layer(), speculative_num_draft_tokens=3)
+    ours = backend.TautBackend(made)
+    steps: list[tuple[int, int, int]] = []
+
+    def attend(query: torch.Tensor, _keys: Any, _values: Any, step: Any, *_: Any, **__: Any) -> None:
+        steps.append((step.rows, query.shape[0], step.max_query))
+
+    monkeypatch.setattr(reference, "paged_attention", attend)
+    ours.warm_up()
+    decode = [(rows, rows, 1) for rows in (1, 2, 4)]
+    verify = [(rows, 3 * rows, 3) for rows in (1, 2, 4)]
+    assert sorted(steps) == sorted([*decode, *verify, (1, 1, ours.max_tokens)])
+    assert made.token_to_kv_pool.keys.isnan().all()
+    assert ours.forward_metadata is None
+    monkeypatch.undo()
+    backend.TautBackend(runner(layer())).warm_up()  # the reference runs them, too: rows without keys
+
+
+@pytest.mark.parametrize("encoder", [False, True])
+def test_soft_cap_and_sinks(encoder: bool) -> None:
+    torch.manual_seed(0)
+    kind = AttentionType.ENCODER_ONLY if encoder else AttentionType.DECODER
+    attention = layer(logit_cap=5.0, attn_type=kind)
+    made = runner(attention)
+    ours = backend.TautBackend(made)
+    forward = batch(made, ForwardMode.EXTEND, [5, 3], [5, 3])
+    ours.init_forward_metadata(forward)
+    query, key, value = (torch.randn(8, heads, SIZE) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    sinks = torch.randn(HEADS, dtype=torch.float64)
+    out = ours.forward(query.flatten(1), key, value, attention, forward, sinks=sinks).view(8, HEADS, SIZE)
+    for own in (slice(0, 5), slice(5, 8)):
+        keys, values = (t[own].repeat_interleave(HEADS // KV_HEADS, 1) for t in (key, value))
+        scores = 5.0 * torch.tanh(torch.einsum("qhd,khd->hqk", query[own], keys) * SIZE**-0.5 / 5.0)
+        if not encoder:
+            scores = scores.masked_fill(torch.ones(scores.shape[1:]).triu(1).bool(), -torch.inf)
+        weights = torch.cat([scores, sinks.float()[:, None, None].expand(-1, scores.shape[1], 1)], -1).softmax(-1)
+        expected = torch.einsum("hqk,khd->qhd", weights[..., :-1], values)
+        torch.testing.assert_close(out[own], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_sinks_are_converted_once() -> None:
+    attention = layer()
+    ours = backend.TautBackend(runner(attention))
+    sinks = torch.randn(HEADS, dtype=torch.bfloat16)
+    kept = ours._float_sinks(attention, sinks)
+    assert ours._float_sinks(attention, sinks) is kept
+    sinks.add_(1)  # as when weights are loaded anew
+    assert torch.equal(ours._float_sinks(attention, sinks), sinks.float())
+
+
+def test_a_float8_cache_is_read_with_its_scales_and_never_cast() -> None:
+    torch.manual_seed(0)
+    attention = layer()
+    attention.k_scale, attention.v_scale = torch.tensor([0.5]), 0.25
+    made = runner(attention, pool=Pool(KV_HEADS, SIZE, torch.float8_e4m3fn))
+    ours = backend.TautBackend(made)
+    forward = batch(made, ForwardMode.EXTEND, [5], [5])
+    ours.init_forward_metadata(forward)
+    query, key, value = (torch.randn(5, heads, SIZE) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    before = key.clone(), value.clone()
+    out = ours.forward(query.flatten(1), key, value, attention, forward).view(5, HEADS, SIZE)
+    assert torch.equal(key, before[0])  # SGLang's own pool divides them in place
+    assert torch.equal(value, before[1])
+    stored = [(t / s).to(torch.float8_e4m3fn).float() * s for t, s in ((key, 0.5), (value, 0.25))]
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(t.transpose(0, 1) for t in (query, *stored)), is_causal=True, enable_gqa=True
+    ).transpose(0, 1)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(made.token_to_kv_pool.keys[forward.out_cache_loc].float() * 0.5, stored[0])
+
+
+def test_a_layer_without_keys_reads_those_of_the_layer_it_shares_them_with() -> None:
+    torch.manual_seed(0)
+    attention = layer()
+    made = runner(attention)
+    ours = backend.TautBackend(made)
+    forward = batch(made, ForwardMode.EXTEND, [5], [5])
+    ours.init_forward_metadata(forward)
+    query, key, value = (torch.randn(5, heads, SIZE) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    first = ours.forward(query.flatten(1), key, value, attention, forward)
+    assert torch.equal(ours.forward(query.flatten(1), None, None, attention, forward), first)
+    kept = made.token_to_kv_pool.keys.clone()
+    ours.forward(query.flatten(1), key + 1, value, attention, forward, save_kv_cache=False)
+    torch.testing.assert_close(made.token_to_kv_pool.keys, kept, equal_nan=True)
+    with pytest.raises(ValueError, match="keys without values"):
+        ours.forward(query.flatten(1), key, None, attention, forward)
+
+
 def test_what_is_not_known_is_refused_by_name() -> None:
     attention = layer()
     made = runner(attention)
@@ -221,6 +361,23 @@ def test_what_is_not_known_is_refused_by_name() -> None:
     assert ours.forward_metadata is not None
     with pytest.raises(ValueError, match="custom_mask"):
         ours.forward_metadata.custom_mask = torch.ones(1)
+    with pytest.raises(ValueError, match=r"in two parts \(q_rope, k_rope\) for a layer without MLA"):
+        ours.forward(query, key, key, attention, forward, q_rope=query)
+
+
+def test_a_tree_of_drafts_is_refused_before_a_number_is_computed() -> None:
+    """Whoever builds batches without SGLang's arguments, which were refused before."""
+    made = runner(layer())
+    ours = backend.TautBackend(made)
+    forward = batch(made, ForwardMode.TARGET_VERIFY, [9, 7], [3, 3])
+    forward.spec_info.topk = 1
+    ours.init_forward_metadata(forward)
+    for tree in ({"topk": 2}, {"spec_input_type": SpecInputType.NGRAM_VERIFY}):
+        forward.spec_info = SimpleNamespace(draft_token_num=3, **tree)
+        with pytest.raises(ValueError, match="verifies a tree of drafts"):
+            ours.init_forward_metadata(forward)
+        with pytest.raises(ValueError, match="verifies a tree of drafts"):
+            ours.init_forward_metadata_out_graph(forward, in_capture=True)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +386,11 @@ def test_what_is_not_known_is_refused_by_name() -> None:
         ({"is_cross_attention": True}, {}, "is_cross_attention"),
         ({"attn_type": AttentionType.DECODER_BIDIRECTIONAL}, {"chunked_prefill_size": -1}, "DECODER_BIDIRECTIONAL"),
         ({}, {"kv_cache_dtype": "fp4_e2m1"}, "--kv-cache-dtype fp4_e2m1"),
-        ({}, {"speculative_algorithm": "NGRAM"}, "verifies trees"),
+        ({}, {"speculative_algorithm": "NGRAM", "speculative_ngram_max_bfs_breadth": 1}, "verifies trees"),
+        ({}, {"speculative_algorithm": "EAGLE", "speculative_eagle_topk": 4}, "verifies trees"),
+        ({}, {"speculative_algorithm": "EAGLE", "speculative_eagle_topk": 1}, "a draft model's attention"),
+        ({"logit_cap": 30.0, "logit_capping_method": "sigmoid"}, {}, "logit_capping_method=sigmoid"),
+        ({"pos_encoding_mode": "ALIBI"}, {}, "pos_encoding_mode=ALIBI"),
         ({}, {"dcp_size": 2}, "context parallelism"),
         ({}, {"enable_deterministic_inference": True}, "do not depend on the batch"),
     ],
