@@ -7,8 +7,10 @@ import sys
 import typer
 
 import taut
-from taut.cli import UserError, audit, demo, doctor
+from taut.benchmarks import BenchmarkError
+from taut.cli import UserError, audit, bench, demo, doctor
 from taut.common_kernels.providers import ProviderError
+from taut.common_kernels.tiles import TileError
 from taut.engine_plugins.settings import SettingsError
 
 app = typer.Typer(
@@ -18,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("audit")(audit.command)
+app.add_typer(bench.app, name="bench", no_args_is_help=True)
 app.command("demo")(demo.command)
 app.command("doctor")(doctor.command)
 
@@ -39,7 +42,7 @@ def run() -> None:
     """The console script. A user's mistake ends in one line and exit status 2; anything else is ours, and is shown."""
     try:
         app()
-    except (UserError, SettingsError, ProviderError) as error:
+    except (UserError, BenchmarkError, SettingsError, ProviderError, TileError) as error:
         _stop(str(error))
     except FileNotFoundError as error:
         _stop(f"{error.filename or error}: no such file or folder")

@@ -3,7 +3,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 mkdir -p .types/taut
-for folder in adapters audit cli common_kernels configs engine_plugins; do
+for folder in adapters audit benchmarks cli common_kernels configs engine_plugins; do
     ln -sfn "../../$folder" ".types/taut/$folder"
 done
 ln -sf ../../package/__init__.py .types/taut/__init__.py

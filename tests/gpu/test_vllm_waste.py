@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM beside a GPU")
 
-from benchmarks.engines import MODELS
+from taut.benchmarks.models import MODELS
 
 LAYERS = {name: shape["num_hidden_layers"] for name, shape in MODELS.items()}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("adapters", "audit", "cli", "common_kernels", "configs", "engine_plugins")
+SOURCES = ("adapters", "audit", "benchmarks", "cli", "common_kernels", "configs", "engine_plugins")
 
 
 def pip(python: Path | str, *arguments: str) -> None:
