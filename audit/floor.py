@@ -24,11 +24,12 @@ def floor_bytes(layer: Layer, lengths: Sequence[int], tokens: int) -> int:
         tokens: queries of all rows.
     """
     vector = layer.key_size + (0 if layer.latent else layer.value_size)
-    seen = sum(length if layer.left < 0 else min(length, layer.left + 1 + tokens // len(lengths)) for length in lengths)
+    queries = max(1, tokens // max(1, len(lengths)))  # of a row; its window begins with the first of them
+    seen = sum(length if layer.left < 0 else min(length, layer.left + queries) for length in lengths)
     cached = seen * layer.kv_heads * vector * layer.cache_bytes
-    queries = tokens * layer.q_heads * (layer.key_size + layer.value_size) * layer.query_bytes
+    read_and_written = tokens * layer.q_heads * (layer.key_size + layer.value_size) * layer.query_bytes
     stored = tokens * layer.kv_heads * vector * (layer.query_bytes + layer.cache_bytes)
-    return cached + queries + stored
+    return cached + read_and_written + stored
 
 
 def split_bytes(rows: int, heads: int, splits: int, value_size: int) -> int:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from taut.audit.records import Run
     from taut.audit.work import Request
 
+INTERVAL = 0.1  # seconds between two looks at what an engine says
 PATIENCE = 5.0  # seconds that an engine gets to end by itself when it is told to
 # "ValueError: ...", as a traceback ends, whatever an engine's log writes before it; and what ends without a traceback.
 REASON = re.compile(r"(?:^|[\s\]])(?:\w+\.)*(\w*(?:Error|Exception|Refused)): (.+)$")
@@ -50,24 +51,27 @@ def run_engine(request: Request, environment: Mapping[str, str], follow: Callabl
         asked, recorded = Path(folder, "request.json"), Path(folder, "record.json")
         asked.write_text(json.dumps(dataclasses.asdict(request)))
         command = [sys.executable, "-m", f"taut.audit.run_{request.engine}", str(asked), str(recorded)]
-        process = subprocess.Popen(
-            command,
-            env=dict(environment),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,  # all that it starts can be ended together, and Ctrl-C reaches us alone
-        )
+        said = Path(folder, "log")  # a pipe would stay open as long as anything that it has started
+        with said.open("wb") as sink:
+            process = subprocess.Popen(
+                command,
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # all that it starts can be ended together, and Ctrl-C reaches us alone
+            )
         log: list[str] = []
         try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                log.append(line.rstrip("\n"))
-                if line.startswith(SAYS):
-                    follow(line.removeprefix(SAYS).strip())
-            process.wait()
+            with said.open(errors="replace") as lines:
+                running = True
+                while running:
+                    running = process.poll() is None
+                    for line in lines:
+                        log.append(line.rstrip("\n"))
+                        if line.startswith(SAYS):
+                            follow(line.removeprefix(SAYS).strip())
+                    time.sleep(INTERVAL if running else 0)
         finally:
             end_group(process)
         if not recorded.exists():
@@ -75,7 +79,7 @@ def run_engine(request: Request, environment: Mapping[str, str], follow: Callabl
         return read_run(recorded)
 
 
-def end_group(process: subprocess.Popen[str]) -> None:
+def end_group(process: subprocess.Popen[bytes]) -> None:
     """End a process and all that it has started; it leads its own group."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):

@@ -12,7 +12,7 @@ from taut.audit.operations import KINDS
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from taut.audit.records import Event, Place, Run, Scope, Step
+    from taut.audit.records import Event, Layer, Place, Run, Scope, Step
 
 # What can be asked to fail: what is counted of a step and no result needs, and what is judged of a whole run.
 WASTE = ("syncs", "h2d", "d2h", "copies", "fills", "allocations")
@@ -28,6 +28,8 @@ ADVICE = {
     "not_finite": "let the kernel write zeros where a row has no work",
     "frozen_splits": "choose the number of splits on the device, from the live lengths",
 }
+NO_STEP = "no such step was recorded"
+IN_A_GRAPH = "no layer ran on the host's own call: what a captured graph does, the trace does not see"
 ON_A_CPU = "on a CPU host and device are one: copies between them are seen on a GPU alone"
 
 
@@ -117,6 +119,8 @@ def summary(run: Run, phase: str) -> Summary:
     """What the steps of one phase do, on average."""
     steps = [step for step in run.steps if step.kind == phase]
     unknown = {"h2d": ON_A_CPU, "d2h": ON_A_CPU} if run.device == "cpu" else {}
+    if not any(scope.what == "layer" for step in steps for scope in step.scopes):
+        unknown |= dict.fromkeys(KINDS, IN_A_GRAPH if steps else NO_STEP)
     if run.padding is None or run.padding.finite is None:
         unknown["not_finite"] = run.padding.says if run.padding else "no rows without work were tried"
     rows = _alike(_rows(run, steps))
@@ -150,23 +154,37 @@ def _not_finite(run: Run) -> float | None:
 def _rows(run: Run, steps: Sequence[Step]) -> list[Row]:
     """A row for each scope, averaged over the steps."""
     layers = {layer.name: layer for layer in run.layers}
-    found: dict[str, Row] = {}
+    scopes: dict[str, list[tuple[Step, Scope]]] = defaultdict(list)
     for step in steps:
         for scope in step.scopes:
-            row = found.setdefault(scope.name, Row(scope.name, 1, defaultdict(float), 0.0, 0.0))
-            for event in _backends(scope):
-                for kind, count in event.kinds.items():
-                    row.counts[kind] += count / len(steps)
-                row.scratch += (0 if event.kinds.get("outputs") else event.taken) / len(steps)
-                row.moved += (event.moved or 0) / len(steps)
-            if scope.name in layers and step.lengths:
-                layer = layers[scope.name]
-                row.floor = (row.floor or 0.0) + floor_bytes(layer, step.lengths, step.tokens) / len(steps)
-                splits = [count for event in scope.events for count in event.splits.values()]
-                if splits:
-                    traffic = split_bytes(step.tokens, layer.q_heads, max(splits), layer.value_size)
-                    row.split_traffic = (row.split_traffic or 0.0) + traffic / len(steps)
-    return list(found.values())
+            scopes[scope.name].append((step, scope))
+    rows = []
+    for name, found in scopes.items():
+        events = [event for _, scope in found for event in scope.events if event.by == "backend"]
+        counts = Counter[str]()
+        for event in events:
+            counts.update(event.kinds)
+        row = Row(
+            name,
+            1,
+            {kind: times / len(steps) for kind, times in counts.items()},
+            sum(event.taken for event in events if not event.kinds.get("outputs")) / len(steps),
+            sum(event.moved or 0 for event in events) / len(steps),
+        )
+        if layer := layers.get(name):
+            row.floor = sum(floor_bytes(layer, step.lengths, step.tokens) for step, _ in found) / len(steps)
+            row.split_traffic = _split_traffic(layer, found, len(steps))
+        rows.append(row)
+    return rows
+
+
+def _split_traffic(layer: Layer, found: Sequence[tuple[Step, Scope]], steps: int) -> float | None:
+    """Bytes of partial results in a step, where a launch says into how many parts it splits each row."""
+    splits = [(step, max(event.splits.values())) for step, scope in found for event in scope.events if event.splits]
+    widest = {id(step): (step.tokens, count) for step, count in sorted(splits, key=lambda each: each[1])}
+    if not widest:
+        return None
+    return sum(split_bytes(rows, layer.q_heads, count, layer.value_size) for rows, count in widest.values()) / steps
 
 
 def _alike(rows: Sequence[Row]) -> list[Row]:
@@ -188,10 +206,6 @@ def _alike(rows: Sequence[Row]) -> list[Row]:
         )
         for group in groups.values()
     ]
-
-
-def _backends(scope: Scope) -> list[Event]:
-    return [event for event in scope.events if event.by == "backend"]
 
 
 class _Group(NamedTuple):

@@ -100,14 +100,14 @@ def command(
     """
     judged = _kinds(fail_on)
     chosen = engine.value if engine else _installed()
-    asked = [_request(chosen, model, name, rows, context, steps, layers, made_up, option or []) for name in
+    asked = [request_of(chosen, model, name, rows, context, steps, layers, made_up, option or []) for name in
              ([backend] if against is None else [backend, against])]  # fmt: skip
     console = Console(stderr=as_json)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what has been started is ended on the way out
     runs = [_run(request, console) for request in asked]
     judgements = [summary(run, phase.value) for run in runs]
     failed = failures(judgements[0], judged)
-    report = _report(asked[0], runs, judgements, failed)
+    report = report_of(asked[0], runs, judgements, failed)
     if html is not None:
         html.write_text(page(report))
     if as_json:
@@ -145,7 +145,7 @@ def _installed() -> str:
     raise UserError("vLLM and SGLang are both installed here: name one, --engine vllm or --engine sglang")
 
 
-def _request(
+def request_of(
     engine: str,
     model: str,
     backend: str,
@@ -156,6 +156,11 @@ def _request(
     made_up: bool,
     options: Sequence[str],
 ) -> Request:
+    """What an engine's process is asked to do.
+
+    Raises:
+        UserError: the engine or the model is not there, or an argument cannot be read.
+    """
     if not find_spec(engine):
         raise UserError(f"--engine {engine}: {engine} is not installed here")
     folder = Path(model)
@@ -197,7 +202,7 @@ def _option(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _environment(request: Request) -> dict[str, str]:
+def environment_of(request: Request) -> dict[str, str]:
     """The variables of an engine's process: the user's own, and what makes it run here and alone."""
     variables = {name: value for name, value in os.environ.items() if name != "TAUT_ATTENTION"}
     usual = {
@@ -215,7 +220,7 @@ def _run(request: Request, console: Console) -> Run:
     words = f"{request.asked}: "
     with console.status(f"{words}starting {request.engine} (a minute on a small machine)") as status:
         try:
-            return run_engine(request, _environment(request), lambda said: status.update(words + said))
+            return run_engine(request, environment_of(request), lambda said: status.update(words + said))
         except EngineFailedError as error:
             raise UserError(str(error)) from None
 
@@ -223,7 +228,7 @@ def _run(request: Request, console: Console) -> Run:
 # What is shown
 
 
-def _report(
+def report_of(
     request: Request, runs: Sequence[Run], judgements: Sequence[Summary], failed: Sequence[str]
 ) -> dict[str, Any]:
     """The record, as docs/audit.md describes it. Of the steps of a run the events of the last one of each kind stay."""

@@ -1,0 +1,163 @@
+"""Findings out of records, and what fails; the page that shows them."""
+
+from __future__ import annotations
+
+import dataclasses
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from taut.audit.page import page
+from taut.audit.records import Event, Layer, Padding, Place, Run, Scope, Step
+from taut.audit.verdict import JUDGED, WASTE, failures, summary
+from taut.cli.audit import report_of
+
+LAYERS = ("layers.0", "layers.1", "layers.2")
+BACKEND, HELPER, ENGINE = (
+    Place("backend.py", 7, "forward"),
+    Place("helper.py", 9, "merge"),
+    Place("engine.py", 1, "run"),
+)
+
+
+def event(name: str, kinds: dict[str, int], by: str = "backend", **different: Any) -> Event:
+    usual = {"began": 1.0, "ended": 2.0, "moved": 64, "taken": 0, "at": HELPER, "through": BACKEND}
+    return Event(name, by, kinds, **(usual | different))
+
+
+def step(kind: str = "decode", extra: tuple[Event, ...] = (), compiled: tuple[str, ...] = ()) -> Step:
+    """Metadata with one launch, and three layers with two launches and a fill; the last one with more."""
+    scopes = [Scope("metadata", "metadata", 0.0, 1.0, [event("_C.plan", {"launches": 1}, moved=None)])]
+    for name in LAYERS:
+        usual = [
+            event("triton.attention", {"launches": 1}, moved=None, splits={"NUM_KV_SPLITS": 4}),
+            event("aten.zero_", {"launches": 1, "fills": 1}),
+            event("aten.empty", {"allocations": 1}, "engine", taken=512, at=ENGINE, through=None, moved=0),
+        ]
+        scopes.append(Scope(name, "layer", 1.0, 9.0, usual + (list(extra) if name == LAYERS[-1] else [])))
+    return Step(kind, [100, 50], 2, 0, list(compiled), scopes, 0.01)
+
+
+def run(*steps: Step, **different: Any) -> Run:
+    layers = [Layer(name, 8, 2, 64, 64, 2, 2) for name in LAYERS]
+    usual = {"asked": "stock", "engine": "vllm", "device": "NVIDIA H200", "layers": layers, "steps": list(steps)}
+    return Run(**(usual | different))
+
+
+def test_scopes_that_are_alike_are_one_row() -> None:
+    judged = summary(run(step(), step()), "decode")
+    metadata, layers = judged.rows
+    assert (metadata.name, metadata.scopes, metadata.counts) == ("metadata", 1, {"launches": 1})
+    assert (layers.name, layers.scopes) == ("layers.0 … layers.2", 3)
+    assert layers.counts == {"launches": 2, "fills": 1}
+    assert layers.moved == 64
+    assert layers.split_traffic == 2 * 2 * 8 * 4 * 65 * 4
+    assert layers.floor is not None
+    assert judged.totals["launches"] == 7
+    assert judged.totals["fills"] == 3
+    assert judged.totals["allocations"] == 0  # the engine's own is no verdict on the backend
+
+
+def test_a_layer_unlike_the_others_stands_by_itself() -> None:
+    copy = event("aten.copy_", {"launches": 1, "copies": 1})
+    judged = summary(run(step(extra=(copy,)), step()), "decode")
+    assert [row.scopes for row in judged.rows] == [1, 2, 1]
+    assert judged.totals["copies"] == 0.5  # in one of two steps
+
+
+def test_findings_name_lines() -> None:
+    first, *others = summary(run(step(), step()), "decode").findings
+    assert (first.kind, first.by, first.count, first.layers) == ("fills", "backend", 3, 3)
+    assert first.where == "backend.py:7 > helper.py:9"
+    assert first.size == 3 * 64
+    assert [(finding.kind, finding.by, finding.where) for finding in others] == [
+        ("allocations", "engine", "engine.py:1")
+    ]
+
+
+def test_only_the_phase_that_was_asked_for() -> None:
+    fill = event("aten.fill_", {"launches": 1, "fills": 1})
+    record = run(step("prefill", extra=(fill,)), step(), step())
+    assert (summary(record, "decode").steps, summary(record, "decode").totals["fills"]) == (2, 3)
+    assert (summary(record, "prefill").steps, summary(record, "prefill").totals["fills"]) == (1, 4)
+
+
+@pytest.mark.parametrize("kind", WASTE)
+def test_each_waste_fails_and_is_found(kind: str) -> None:
+    clean = dataclasses.replace(step(), scopes=[Scope("layers.0", "layer", 0.0, 1.0, [])])
+    dirty = dataclasses.replace(clean, scopes=[Scope("layers.0", "layer", 0.0, 1.0, [event("aten.x", {kind: 2})])])
+    assert failures(summary(run(clean), "decode"), [kind]) == []
+    judged = summary(run(dirty), "decode")
+    assert failures(judged, [kind]) == [f"{kind}: 2 a decode step"]
+    assert [finding.kind for finding in judged.findings] == [kind]
+    assert all(finding.advice for finding in judged.findings)
+
+
+def test_what_belongs_to_the_run() -> None:
+    record = run(
+        step(compiled=("kernel",)),
+        padding=Padding(3, False, "rows without work get NaN or inf"),
+        captured_splits={"stage1.NUM_KV_SPLITS": 256},
+    )
+    judged = summary(record, "decode")
+    assert failures(judged, ["compiled", "not_finite"]) == ["compiled: 1 a decode step", "not_finite: 3 a decode step"]
+    found = {finding.kind: finding for finding in judged.findings}
+    assert found["compiled"].operation == "kernel"
+    assert found["frozen_splits"].count == 256
+    assert "NaN" in found["not_finite"].operation
+
+
+def test_what_cannot_be_seen_is_unknown_and_fails() -> None:
+    """Zero is never said of what nobody has looked at."""
+    judged = summary(run(step(), device="cpu"), "decode")
+    assert judged.totals["h2d"] is None
+    assert judged.totals["d2h"] is None
+    assert judged.totals["not_finite"] is None
+    (said,) = failures(judged, ["h2d"])
+    assert said.startswith("h2d: not seen here (on a CPU")
+    in_graphs = run(dataclasses.replace(step(), scopes=step().scopes[:1]))
+    judged = summary(in_graphs, "decode")
+    assert {judged.totals[kind] for kind in WASTE} == {None}
+    assert "graph" in failures(judged, ["fills"])[0]
+    assert summary(run(), "decode").totals["fills"] is None
+
+
+def test_every_kind_that_can_be_judged_has_a_total() -> None:
+    assert set(JUDGED) <= summary(run(step()), "decode").totals.keys()
+
+
+class _Tags(HTMLParser):
+    """Which tags are open, and every address that a page refers to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.addresses += [value or "" for name, value in attributes if name in ("src", "href")]
+        if tag not in ("meta",):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_needs_nothing_else() -> None:
+    from taut.audit.work import Request
+
+    records = [run(step("prefill"), step(), step()), run(step(), asked="<taut>", backend="a.B")]
+    judgements = [summary(record, "decode") for record in records]
+    report = report_of(Request("vllm", "/models/tiny", "stock"), records, judgements, ["fills: 3 a decode step"])
+    html = page(report)
+    tags = _Tags()
+    tags.feed(html)
+    assert tags.open == []
+    assert tags.addresses == []
+    assert html.count("<svg") == 2
+    assert "&lt;taut&gt;" in html
+    assert "backend.py:7 &gt; helper.py:9" in html
+    assert "/models" not in html
+    assert "fails: fills: 3 a decode step" in html
+    assert [("scopes" in step) for step in report["runs"][0]["steps"]] == [True, False, True]  # the last of each kind
