@@ -6,6 +6,8 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from taut.audit.operations import KINDS
+from taut.audit.records import Kernel
+from taut.audit.verdict import WASTE, busiest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +24,6 @@ svg { width: 100%; height: auto; display: block } svg text { font: 10px system-u
 """
 WIDTH, LANE, LEFT = 1000, 16, 150  # of the timeline, in its own units
 MOST_LANES = 64
-WASTE = ("syncs", "h2d", "d2h", "copies", "fills", "allocations")
 
 
 def page(report: Mapping[str, Any]) -> str:
@@ -58,7 +59,8 @@ def _run(run: Mapping[str, Any]) -> str:
         rows.append([kind, *cells, _number(judged["totals"][kind])])
     table = _table(["what the backend does", *names, "a step"], rows)
     unknown = "".join(f'<p class="dim">? {kind}: {escape(why)}</p>' for kind, why in judged["unknown"].items())
-    return heading + table + unknown + _findings(judged["findings"]) + _timeline(run["steps"], judged["phase"])
+    device = _kernels(run["observed"]) if run["observed"] else ""
+    return heading + table + unknown + _findings(judged["findings"]) + device + _timeline(run["steps"], judged["phase"])
 
 
 def _findings(findings: Sequence[Mapping[str, Any]]) -> str:
@@ -79,6 +81,16 @@ def _findings(findings: Sequence[Mapping[str, Any]]) -> str:
             ]
         )
     return _table(["finding", "by", "a step", "in", "operation", "where"], rows)
+
+
+def _kernels(device: Mapping[str, Any]) -> str:
+    """What ran on the device in one decode step, by the profiler."""
+    rows = []
+    for kernel, times, microseconds in busiest([Kernel(**kernel) for kernel in device["kernels"]]):
+        waves, tail = (None, None) if kernel.waves is None or kernel.tail is None else (kernel.waves, kernel.tail)
+        grid = " x ".join(map(str, kernel.grid))
+        rows.append([kernel.name, str(times), f"{microseconds:.1f}", grid, _number(waves), _number(tail)])
+    return _table(["kernel, in a decode step", "times", "microseconds", "grid", "waves", "idle in the last"], rows)
 
 
 def _timeline(steps: Iterable[Mapping[str, Any]], phase: str) -> str:

@@ -12,8 +12,10 @@ from taut.audit.operations import KINDS
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from taut.audit.records import Event, Layer, Place, Run, Scope, Step
+    from taut.audit.records import Device, Event, Kernel, Layer, Place, Run, Scope, Step
 
+# What the profiler counts as the trace does: its allocations are those of a layer's output, too.
+PROFILED = ("syncs", "h2d", "d2h", "copies", "fills", "launches")
 # What can be asked to fail: what is counted of a step and no result needs, and what is judged of a whole run.
 WASTE = ("syncs", "h2d", "d2h", "copies", "fills", "allocations")
 JUDGED = (*WASTE, "compiled", "not_finite")
@@ -102,7 +104,7 @@ class Summary:
         phase: "decode" or "prefill".
         steps: how many were recorded of it.
         rows: metadata, then the layers, those alike together.
-        totals: by kind what a step does, all scopes together; None where it cannot be seen.
+        totals: by kind what a step does, all scopes together, by the source that saw more of it; None: neither can see it.
         findings: the backend's first, those of the most bytes and counts first.
         unknown: by kind, why it cannot be seen.
     """
@@ -130,7 +132,19 @@ def summary(run: Run, phase: str) -> Summary:
     compiled = sum(len(step.compiled) for step in steps) / max(1, len(steps))
     totals |= {"compiled": compiled, "not_finite": _not_finite(run)}
     totals |= dict.fromkeys(unknown)
-    return Summary(phase, len(steps), rows, totals, _findings(run, steps, phase), unknown)
+    findings = _findings(run, steps, phase)
+    if run.observed is not None and phase == "decode":
+        findings += _seen_by_the_profiler_alone(run.observed, totals)
+    return Summary(phase, len(steps), rows, totals, findings, unknown)
+
+
+def busiest(kernels: Sequence[Kernel]) -> list[tuple[Kernel, int, float]]:
+    """Of each kernel and grid one launch, how often it ran in a step and for how many microseconds; the longest first."""
+    groups: dict[tuple[object, ...], list[Kernel]] = defaultdict(list)
+    for kernel in kernels:
+        groups[kernel.name, kernel.grid].append(kernel)
+    found = [(group[0], len(group), sum(kernel.microseconds for kernel in group)) for group in groups.values()]
+    return sorted(found, key=lambda each: -each[2])
 
 
 def failures(judged: Summary, kinds: Iterable[str]) -> list[str]:
@@ -143,6 +157,21 @@ def failures(judged: Summary, kinds: Iterable[str]) -> list[str]:
         elif count:
             said.append(f"{kind}: {count:g} a {judged.phase} step")
     return said
+
+
+def _seen_by_the_profiler_alone(device: Device, totals: dict[str, float | None]) -> list[Finding]:
+    """What the device did and no operator of torch's shows; the totals become those of the source that saw more."""
+    seen: Counter[str] = Counter()
+    for counts in device.counts.values():
+        seen.update({kind: count for kind, count in counts.items() if kind in PROFILED})
+    found = []
+    for kind in PROFILED:
+        more = seen[kind] - (totals[kind] or 0)
+        if kind in WASTE and more > 0:
+            name = "seen by the profiler alone"
+            found.append(Finding(kind, "decode", "run", "backend", name, more, 0, None, None, None, ADVICE[kind]))
+        totals[kind] = max(seen[kind], totals[kind] or 0)
+    return found
 
 
 def _not_finite(run: Run) -> float | None:

@@ -24,8 +24,8 @@ import taut
 from taut.audit.operations import KINDS
 from taut.audit.page import page
 from taut.audit.process import EngineFailedError, run_engine
-from taut.audit.records import SCHEMA, Run
-from taut.audit.verdict import JUDGED, Finding, Summary, failures, summary
+from taut.audit.records import SCHEMA, Device, Run
+from taut.audit.verdict import JUDGED, Finding, Summary, busiest, failures, summary
 from taut.audit.work import Request
 from taut.cli import UserError
 
@@ -274,10 +274,25 @@ def _show(run: Run, judged: Summary, console: Console) -> None:
     if run.held is not None:
         console.print(f"The backend's objects hold {_bytes(run.held)} from step to step.", highlight=False)
     _show_findings(judged, console)
+    if run.observed is not None and run.observed.kernels:
+        _show_kernels(run.observed, console)
     for why in dict.fromkeys(judged.unknown.values()):
         kinds = ", ".join(kind for kind, reason in judged.unknown.items() if reason == why)
         console.print(f"? {kinds}: {why}", style="dim", highlight=False)
     console.print()
+
+
+def _show_kernels(device: Device, console: Console) -> None:
+    """What ran on the device in one decode step, by the profiler."""
+    table = Table(box=box.SIMPLE_HEAD, title="a decode step on the device", title_justify="left")
+    for heading in ("kernel", "times", "microseconds", "grid", "waves", "tail"):
+        table.add_column(heading, justify="left" if heading == "kernel" else "right", overflow="fold")
+    for kernel, times, microseconds in busiest(device.kernels):
+        waves = "?" if kernel.waves is None else f"{kernel.waves:.2f}"
+        tail = "?" if kernel.tail is None else f"{kernel.tail:.0%}"
+        grid = " x ".join(map(str, kernel.grid)) or "?"
+        table.add_row(kernel.name[:60], str(times), f"{microseconds:.1f}", grid, waves, tail)
+    console.print(table)
 
 
 def _show_findings(judged: Summary, console: Console) -> None:

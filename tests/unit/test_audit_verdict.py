@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from taut.audit.page import page
-from taut.audit.records import Event, Layer, Padding, Place, Run, Scope, Step
-from taut.audit.verdict import JUDGED, WASTE, failures, summary
+from taut.audit.records import Device, Event, Kernel, Layer, Padding, Place, Run, Scope, Step
+from taut.audit.verdict import JUDGED, WASTE, busiest, failures, summary
 from taut.cli.audit import report_of
 
 LAYERS = ("layers.0", "layers.1", "layers.2")
@@ -108,6 +108,23 @@ def test_what_belongs_to_the_run() -> None:
     assert "NaN" in found["not_finite"].operation
 
 
+def test_the_profiler_sees_what_no_operator_shows() -> None:
+    """A library's own fill has no line; what both sources saw is counted once."""
+    kernels = [Kernel("decode", "layers.0", 5.0, (264,), 1.0, 0.0), Kernel("decode", "layers.1", 6.0, (264,), 1.0, 0.0)]
+    kernels.append(Kernel("merge", "layers.0", 2.0, (8,), 0.1, 0.9))
+    counts = {name: {"calls": 2, "launches": 2, "fills": 2} for name in LAYERS}
+    judged = summary(run(step(), observed=Device(counts, kernels)), "decode")
+    assert judged.totals["fills"] == 6
+    assert judged.totals["launches"] == 7  # the trace saw the metadata's too
+    assert judged.totals["h2d"] == 0
+    alone = [finding for finding in judged.findings if finding.operation == "seen by the profiler alone"]
+    assert [(finding.kind, finding.count) for finding in alone] == [("fills", 3)]
+    assert [(kernel.name, times, spent) for kernel, times, spent in busiest(kernels)] == [
+        ("decode", 2, 11.0),
+        ("merge", 1, 2.0),
+    ]
+
+
 def test_what_cannot_be_seen_is_unknown_and_fails() -> None:
     """Zero is never said of what nobody has looked at."""
     judged = summary(run(step(), device="cpu"), "decode")
@@ -147,7 +164,11 @@ class _Tags(HTMLParser):
 def test_the_page_is_whole_and_needs_nothing_else() -> None:
     from taut.audit.work import Request
 
-    records = [run(step("prefill"), step(), step()), run(step(), asked="<taut>", backend="a.B")]
+    kernel = Kernel("decode<float>", "layers.0", 5.0, (264, 1, 1), 1.0, 0.0)
+    records = [
+        run(step("prefill"), step(), step(), observed=Device({}, [kernel])),
+        run(step(), asked="<taut>", backend="a.B"),
+    ]
     judgements = [summary(record, "decode") for record in records]
     report = report_of(Request("vllm", "/models/tiny", "stock"), records, judgements, ["fills: 3 a decode step"])
     html = page(report)
@@ -157,6 +178,7 @@ def test_the_page_is_whole_and_needs_nothing_else() -> None:
     assert tags.addresses == []
     assert html.count("<svg") == 2
     assert "&lt;taut&gt;" in html
+    assert "decode&lt;float&gt;" in html
     assert "backend.py:7 &gt; helper.py:9" in html
     assert "/models" not in html
     assert "fails: fills: 3 a decode step" in html
