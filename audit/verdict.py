@@ -104,7 +104,7 @@ class Summary:
         phase: "decode" or "prefill".
         steps: how many were recorded of it.
         rows: metadata, then the layers, those alike together.
-        totals: by kind what a step does, all scopes together, by the source that saw more of it; None: neither can see it.
+        totals: by kind what a step does, all scopes together, as the source says that saw more; None: neither can.
         findings: the backend's first, those of the most bytes and counts first.
         unknown: by kind, why it cannot be seen.
     """
@@ -139,7 +139,7 @@ def summary(run: Run, phase: str) -> Summary:
 
 
 def busiest(kernels: Sequence[Kernel]) -> list[tuple[Kernel, int, float]]:
-    """Of each kernel and grid one launch, how often it ran in a step and for how many microseconds; the longest first."""
+    """Of each kernel and grid one launch, how often it ran in a step, for how many microseconds; the longest first."""
     groups: dict[tuple[object, ...], list[Kernel]] = defaultdict(list)
     for kernel in kernels:
         groups[kernel.name, kernel.grid].append(kernel)

@@ -1,4 +1,4 @@
-"""A decode step inside vLLM, counted on the GPU by both sources of `taut audit`: ours wastes nothing, and stock does."""
+"""A decode step inside vLLM, counted on the GPU by both sources of `taut audit`: ours wastes nothing, stock does."""
 
 from __future__ import annotations
 
