@@ -57,32 +57,30 @@ thread_barrier = first_of(gl, THREAD_BARRIERS)
 
 @gluon.jit
 def span_of(
-    item,
-    first_item,
-    first_tile,
-    last_item,
-    end_tile,
-    queries,
-    first_position,
-    first_key,
-    end_key,
-    left,
-    right,
+    item: gl.tensor,
+    first_item: gl.tensor,
+    first_tile: gl.tensor,
+    last_item: gl.tensor,
+    end_tile: gl.tensor,
+    queries: gl.tensor,
+    first_position: gl.tensor,
+    first_key: gl.tensor,
+    end_key: gl.tensor,
+    left: gl.tensor,
+    right: gl.tensor,
     CAUSAL: gl.constexpr,
     HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr,
     TILE: gl.constexpr,
     BLOCK_N: gl.constexpr,
-):
+) -> gl.tensor:
     """What a part does of an item: the first position, how many tiles of BLOCK_N, and of which positions keys are read.
 
     The schedule may serve layers with other windows: what this mask does not see is left out here.
     """
     begin = gl.where(item == first_item, first_tile, 0)
     end = gl.where(item == last_item, end_tile, tiles_of(queries, first_key, end_key, TILE))
-    first_seen, end_seen, _, _ = query_range(
-        first_position, queries, end_key, left, right, CAUSAL, HAS_LEFT, HAS_RIGHT
-    )
+    first_seen, end_seen, _, _ = query_range(first_position, queries, end_key, left, right, CAUSAL, HAS_LEFT, HAS_RIGHT)
     start = gl.maximum(first_key + begin * TILE, first_seen // TILE * TILE)
     stop = gl.minimum(first_key + end * TILE, end_seen)
     tiles = gl.maximum(gl.cdiv(stop - start, BLOCK_N), 0)
@@ -90,7 +88,7 @@ def span_of(
 
 
 @gluon.jit
-def table_row_of(table, table_rows, row, table_stride):
+def table_row_of(table: gl.tensor, table_rows: gl.tensor, row: gl.tensor, table_stride: gl.tensor) -> gl.tensor:
     """The address of a row's first page number."""
     if table_rows is None:
         address = table + row.to(gl.int64) * table_stride
@@ -101,29 +99,29 @@ def table_row_of(table, table_rows, row, table_stride):
 
 @gluon.jit
 def load_part_of_keys(
-    key,  # a descriptor, or, gathered, a pointer to the cache's slot 0 of this head
-    value,
-    k_slots,  # boxes, or, gathered, slots
-    k_tail_slots,
-    v_slots,
-    k_full,
-    k_free,
-    v_full,
-    v_free,
-    items,
-    parts,
-    part,
-    table,
-    table_rows,
-    dead_page,
-    kv_head,
-    left,
-    right,
-    key_page_stride,
-    key_token_stride,
-    value_page_stride,
-    value_token_stride,
-    table_stride,
+    key: gl.tensor,  # a descriptor, or, gathered, a pointer to the cache's slot 0 of this head
+    value: gl.tensor,
+    k_slots: gl.shared_memory_descriptor,  # boxes, or, gathered, slots
+    k_tail_slots: gl.shared_memory_descriptor,
+    v_slots: gl.shared_memory_descriptor,
+    k_full: gl.shared_memory_descriptor,
+    k_free: gl.shared_memory_descriptor,
+    v_full: gl.shared_memory_descriptor,
+    v_free: gl.shared_memory_descriptor,
+    items: gl.tensor,
+    parts: gl.tensor,
+    part: gl.tensor,
+    table: gl.tensor,
+    table_rows: gl.tensor,
+    dead_page: gl.tensor,
+    kv_head: gl.tensor,
+    left: gl.tensor,
+    right: gl.tensor,
+    key_page_stride: gl.tensor,
+    key_token_stride: gl.tensor,
+    value_page_stride: gl.tensor,
+    value_token_stride: gl.tensor,
+    table_stride: gl.tensor,
     CAUSAL: gl.constexpr,
     HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr,
@@ -134,7 +132,7 @@ def load_part_of_keys(
     HEAD_MAIN: gl.constexpr,
     HEAD_TAIL: gl.constexpr,
     STAGES: gl.constexpr,
-):
+) -> None:
     """The partition that fills the ring, with the tiles of all items of a part, one behind another."""
     first_item, first_tile, last_item, end_tile, _ = load_part(parts, part)
     row, _, queries, first_position, first_key, end_key, _, _ = load_first_item(parts, part)
@@ -165,19 +163,19 @@ def load_part_of_keys(
 
 @gluon.jit
 def load_queries(
-    query,
-    first_query,
-    queries,
-    kv_head,
-    first_group_head,
-    query_token_stride,
-    query_head_stride,
+    query: gl.tensor,
+    first_query: gl.tensor,
+    queries: gl.tensor,
+    kv_head: gl.tensor,
+    first_group_head: gl.tensor,
+    query_token_stride: gl.tensor,
+    query_head_stride: gl.tensor,
     GROUP: gl.constexpr,
     PACK: gl.constexpr,
     ROWS: gl.constexpr,
     FIRST_COLUMN: gl.constexpr,
     COLUMNS: gl.constexpr,
-):
+) -> gl.tensor:
     """Some columns of an item's queries [ROWS, COLUMNS], in registers; row r is query r // PACK and head r % PACK."""
     LANES: gl.constexpr = COLUMNS // 8 if COLUMNS < 256 else 32
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
@@ -195,38 +193,38 @@ def load_queries(
 
 @gluon.jit
 def attend_part(
-    q_smem,  # [ROWS, HEAD_MAIN] shared memory
-    q_tail_smem,
-    p_smem,  # [ROWS, BLOCK_N] shared memory: the weights of a tile
-    k_ring,  # [STAGES, BLOCK_N, HEAD_MAIN]
-    k_tail_ring,
-    v_ring,  # [STAGES, BLOCK_N, HEAD_MAIN]
-    k_full,
-    k_free,
-    v_full,
-    v_free,
-    query,
-    out,
-    lse,
-    partials,
-    partial_lses,
-    sinks,
-    slopes,
-    items,
-    parts,
-    part,
-    kv_head,
-    first_group_head,
-    score_scale,
-    cap,
-    left,
-    right,
-    query_token_stride,
-    query_head_stride,
-    out_token_stride,
-    out_head_stride,
-    lse_token_stride,
-    lse_head_stride,
+    q_smem: gl.shared_memory_descriptor,  # [ROWS, HEAD_MAIN] shared memory
+    q_tail_smem: gl.shared_memory_descriptor,
+    p_smem: gl.shared_memory_descriptor,  # [ROWS, BLOCK_N] shared memory: the weights of a tile
+    k_ring: gl.shared_memory_descriptor,  # [STAGES, BLOCK_N, HEAD_MAIN]
+    k_tail_ring: gl.shared_memory_descriptor,
+    v_ring: gl.shared_memory_descriptor,  # [STAGES, BLOCK_N, HEAD_MAIN]
+    k_full: gl.shared_memory_descriptor,
+    k_free: gl.shared_memory_descriptor,
+    v_full: gl.shared_memory_descriptor,
+    v_free: gl.shared_memory_descriptor,
+    query: gl.tensor,
+    out: gl.tensor,
+    lse: gl.tensor,
+    partials: gl.tensor,
+    partial_lses: gl.tensor,
+    sinks: gl.tensor,
+    slopes: gl.tensor,
+    items: gl.tensor,
+    parts: gl.tensor,
+    part: gl.tensor,
+    kv_head: gl.tensor,
+    first_group_head: gl.tensor,
+    score_scale: gl.tensor,
+    cap: gl.tensor,
+    left: gl.tensor,
+    right: gl.tensor,
+    query_token_stride: gl.tensor,
+    query_head_stride: gl.tensor,
+    out_token_stride: gl.tensor,
+    out_head_stride: gl.tensor,
+    lse_token_stride: gl.tensor,
+    lse_head_stride: gl.tensor,
     Q_HEADS: gl.constexpr,
     GROUP: gl.constexpr,
     PACK: gl.constexpr,
@@ -243,7 +241,7 @@ def attend_part(
     HEAD_MAIN: gl.constexpr,
     HEAD_TAIL: gl.constexpr,
     STAGES: gl.constexpr,
-):
+) -> None:
     """The warpgroup that attends, item after item of a part."""
     turned: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])  # [keys or V, ROWS]
     by_key: gl.constexpr = gl.SliceLayout(1, turned)
@@ -300,7 +298,7 @@ def attend_part(
                 query, next_query, next_queries, kv_head, first_group_head, query_token_stride, query_head_stride,
                 GROUP, PACK, ROWS, HEAD_MAIN, HEAD_TAIL,
             )  # fmt: skip
-        start, tiles, first_seen, stop = span_of(
+        start, tiles, _, stop = span_of(
             item, first_item, first_tile, last_item, end_tile, queries, first_position, first_key, end_key, left, right,
             CAUSAL, HAS_LEFT, HAS_RIGHT, TILE, BLOCK_N,
         )  # fmt: skip
@@ -325,10 +323,7 @@ def attend_part(
             scores = warpgroup_mma_wait(0, deps=[scores])
             mbarrier.arrive(k_free.index(slot), count=1)
 
-            if HAS_SOFT_CAP:
-                scores = cap_scores(scores, score_scale, cap)
-            else:
-                scores = scores * score_scale
+            scores = cap_scores(scores, score_scale, cap) if HAS_SOFT_CAP else scores * score_scale
             if HAS_SLOPES:
                 scores += row_slopes[None, :] * (keys[:, None] - positions[None, :]).to(gl.float32)
             # All tiles are masked: it costs little beside reading them.
@@ -345,7 +340,7 @@ def attend_part(
 
             mbarrier.wait(v_full.index(slot), phase)
             v_tile = v_ring.index(slot)
-            if BOX:
+            if BOX:  # noqa: SIM102 - the outer one is the compiler's
                 if tile + BLOCK_N > end_key:
                     clear_dead_keys(v_tile, tile, end_key)
             fence_async_shared()  # the weights; what was gathered, or cleared
@@ -356,9 +351,8 @@ def attend_part(
             mbarrier.arrive(v_free.index(slot), count=1)
         number += tiles
 
-        if OVERLAPPED:
-            if item == last_item:
-                let_next_start()
+        if OVERLAPPED and item == last_item:
+            let_next_start()
 
         total = gl.sum(totals, 0)
         factor = gl.full([ROWS], 1.0, gl.float32, layout=by_row)
@@ -379,9 +373,7 @@ def attend_part(
             places = (partial * QUERIES + lane_query) * Q_HEADS + heads
             gl.store(partial_lses + places, lse_of(total, top), mask=here)
         else:
-            out_rows = (
-                out + (first_query + wide_query).to(gl.int64) * out_token_stride + wide_heads * out_head_stride
-            )
+            out_rows = out + (first_query + wide_query).to(gl.int64) * out_token_stride + wide_heads * out_head_stride
             numbers = result.to(out.dtype.element_ty)
             gl.store(out_rows[:, None] + wide_columns[None, :], numbers, mask=wide_here[:, None])
             if lse is not None:
@@ -398,22 +390,22 @@ def attend_part(
 
 @gluon.jit
 def fill_padding(
-    out,
-    lse,
-    first,
-    tokens,
-    step,
-    kv_head,
-    first_group_head,
-    out_token_stride,
-    out_head_stride,
-    lse_token_stride,
-    lse_head_stride,
+    out: gl.tensor,
+    lse: gl.tensor,
+    first: gl.tensor,
+    tokens: gl.tensor,
+    step: gl.tensor,
+    kv_head: gl.tensor,
+    first_group_head: gl.tensor,
+    out_token_stride: gl.tensor,
+    out_head_stride: gl.tensor,
+    lse_token_stride: gl.tensor,
+    lse_head_stride: gl.tensor,
     GROUP: gl.constexpr,
     PACK: gl.constexpr,
     ROWS: gl.constexpr,
     COLUMNS: gl.constexpr,
-):
+) -> None:
     """Zeros, and -inf as LSE, for queries first, first + step, ... < tokens, which belong to no row."""
     LANES: gl.constexpr = COLUMNS // 8 if COLUMNS < 256 else 32
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
@@ -423,50 +415,50 @@ def fill_padding(
     ours = (lanes < PACK) & (group_heads < GROUP)
     columns = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, wide))
     for token in range(first, tokens, step):
-        rows = out + token.to(gl.int64) * out_token_stride + heads * out_head_stride
+        rows = out + gl.cast(token, gl.int64) * out_token_stride + heads * out_head_stride
         nothing = gl.zeros([ROWS, COLUMNS], out.dtype.element_ty, layout=wide)
         gl.store(rows[:, None] + columns[None, :], nothing, mask=ours[:, None])
         if lse is not None:
-            lses = lse + token.to(gl.int64) * lse_token_stride + heads * lse_head_stride
+            lses = lse + gl.cast(token, gl.int64) * lse_token_stride + heads * lse_head_stride
             gl.store(lses, gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, wide)), mask=ours)
 
 
-@gluon.jit(do_not_specialize=["tokens", "rows"])
+@gluon.jit(do_not_specialize=["tokens", "rows", "pages"])
 def decode_kernel(
-    query,  # [T, Hq, D]
-    key,  # a descriptor of [N, Hk, P, D], boxes [1, 1, BOX, 64]; gathered: the cache [N, P, Hk, D]
-    value,
-    out,  # [T, Hq, V]
-    lse,  # [T, Hq] or None
-    partials,  # [partials, QUERIES, Hq, V] float32
-    partial_lses,  # [partials, QUERIES, Hq] float32
-    sinks,  # [Hq] or None
-    slopes,  # [Hq] or None
-    items,  # the schedule
-    parts,
-    query_starts,  # [R + 1]
-    table,  # [*, pages]
-    table_rows,  # [R], or None
-    tokens,
-    rows,
-    pages,  # N, and so the number of a page that there is not
-    scale,
-    soft_cap,
-    left,
-    right,
-    query_token_stride,
-    query_head_stride,
-    key_page_stride,
-    key_token_stride,
-    key_head_stride,
-    value_page_stride,
-    value_token_stride,
-    value_head_stride,
-    out_token_stride,
-    out_head_stride,
-    lse_token_stride,
-    lse_head_stride,
-    table_stride,
+    query: gl.tensor,  # [T, Hq, D]
+    key: gl.tensor,  # a descriptor of [N, Hk, P, D], boxes [1, 1, BOX, 64]; gathered: the cache [N, P, Hk, D]
+    value: gl.tensor,
+    out: gl.tensor,  # [T, Hq, V]
+    lse: gl.tensor,  # [T, Hq] or None
+    partials: gl.tensor,  # [partials, QUERIES, Hq, V] float32
+    partial_lses: gl.tensor,  # [partials, QUERIES, Hq] float32
+    sinks: gl.tensor,  # [Hq] or None
+    slopes: gl.tensor,  # [Hq] or None
+    items: gl.tensor,  # the schedule
+    parts: gl.tensor,
+    query_starts: gl.tensor,  # [R + 1]
+    table: gl.tensor,  # [*, pages]
+    table_rows: gl.tensor,  # [R], or None
+    tokens: gl.tensor,
+    rows: gl.tensor,
+    pages: gl.tensor,  # N, and so the number of a page that there is not
+    scale: gl.tensor,
+    soft_cap: gl.tensor,
+    left: gl.tensor,
+    right: gl.tensor,
+    query_token_stride: gl.tensor,
+    query_head_stride: gl.tensor,
+    key_page_stride: gl.tensor,
+    key_token_stride: gl.tensor,
+    key_head_stride: gl.tensor,
+    value_page_stride: gl.tensor,
+    value_token_stride: gl.tensor,
+    value_head_stride: gl.tensor,
+    out_token_stride: gl.tensor,
+    out_head_stride: gl.tensor,
+    lse_token_stride: gl.tensor,
+    lse_head_stride: gl.tensor,
+    table_stride: gl.tensor,
     Q_HEADS: gl.constexpr,
     GROUP: gl.constexpr,  # query heads of one key-value head
     PACK: gl.constexpr,  # of them, how many share a program
@@ -487,7 +479,7 @@ def decode_kernel(
     HEAD_TAIL: gl.constexpr,
     STAGES: gl.constexpr,
     LOAD_REGISTERS: gl.constexpr,  # of a thread that loads
-):
+) -> None:
     """One program works through one part for the packed heads of one key-value head; see `hopper_kernel.decode`."""
     PACKS: gl.constexpr = (GROUP + PACK - 1) // PACK
     LOAD_WARPS: gl.constexpr = 1 if BOX else GATHERING_WARPS

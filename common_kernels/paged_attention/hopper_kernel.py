@@ -1,16 +1,15 @@
 """`paged_attention` and `ragged_attention` on Hopper: as `triton_kernel`, with kernels in Gluon.
 
-What a tile table tells (see `tiles`), under `hopper_paged_decode` and `hopper_paged_prefill`; facts as there. Numbers of
-both: `keys` of a tile; `stages` of the ring; registers of a thread that loads, `load_registers` where the copy engine
-does the work and `gather_registers` where the threads copy themselves: the threads that attend get the others. Of
-decode: `rows`, columns of the products, and as there `cut`, `programs`, `share`, `spare`. Of prefill: `pack`.
+What a tile table tells (see `tiles`), under `hopper_paged_decode` and `hopper_paged_prefill`; facts as there. Numbers
+of both: `keys` of a tile; `stages` of the ring; registers of a thread that loads, `load_registers` where the copy
+engine does the work and `gather_registers` where the threads copy themselves: the threads that attend get the others.
+Of decode: `rows`, columns of the products, and as there `cut`, `programs`, `share`, `spare`. Of prefill: `pack`.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 import triton
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -56,23 +55,27 @@ def box_of(page_size: int, keys: int) -> int:
     return page_size if page_size >= SMALLEST_BOX and keys % page_size == 0 else 0
 
 
-def aligned(tensor: Tensor, elements: int) -> bool:
-    """Whether rows of a tensor lie in one piece and begin at multiples of so many elements, and the tensor at 16 bytes."""
-    strides = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
-    return (
-        tensor.data_ptr() % ALIGNMENT == 0
-        and tensor.stride(-1) == 1
-        and all(stride > 0 and stride % elements == 0 for stride in strides[:-1])
-    )
+def unreachable(query: Tensor, key: Tensor, value: Tensor, out: Tensor, box: int) -> str:
+    """Why the kernels cannot read or write these as they lie in memory; empty when they can.
+
+    The copy engine takes rows that begin at multiples of 16 bytes; threads that gather are compiled for twice that.
+    """
+    elements = ALIGNMENT // 2 * (1 if box else 2)
+    for name, tensor in (("keys", key), ("values", value)):
+        strides = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1][:-1]
+        if tensor.data_ptr() % ALIGNMENT or any(stride % elements for stride in strides):
+            return f"{name} that begin at multiples of {2 * elements} bytes, not strides {tensor.stride()}"
+    for name, tensor in (("queries", query), ("keys", key), ("values", value), ("an output", out)):
+        if tensor.stride(-1) != 1:
+            return f"{name} whose elements lie side by side, not strides {tensor.stride()}"
+    return ""
 
 
 def boxes_of(keys: Tensor, box: int) -> TensorDescriptor:
     """Keys or values [pages, P, Hk, D] for the copy engine, [pages, Hk, P, D] in boxes of some keys and 64 columns."""
     by_head = keys.permute(0, 2, 1, 3)
     # The stride of a dimension of one is of no meaning, and may be none that the engine takes.
-    strides = [
-        stride if size > 1 else ALIGNMENT for size, stride in zip(by_head.shape, by_head.stride(), strict=True)
-    ]
+    strides = [stride if size > 1 else ALIGNMENT for size, stride in zip(by_head.shape, by_head.stride(), strict=True)]
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
     return TensorDescriptor(keys, list(by_head.shape), [*strides[:-1], 1], [1, 1, box, COLUMNS_OF_BOX], layout)
 
@@ -108,6 +111,9 @@ def paged_attention(
         raise TypeError("paged_attention of the provider `hopper` needs the workspace that its `workspace` makes")
     if query.shape[0] == 0:
         return
+    reason = unreachable(query, key_cache, value_cache, out, box_of(step.pages.page_size, workspace.tile["keys"]))
+    if reason:
+        raise ValueError(f"the provider `hopper` takes {reason}; TAUT_KERNELS=triton takes any")
     longest = workspace.schedule.shape.longest
     extends = step.max_query > longest
     options: dict[str, Any] = {"scale": scale, "lse": lse, "sinks": sinks, "alibi_slopes": alibi_slopes}
@@ -233,7 +239,7 @@ def ragged_attention(
     """
     if query.shape[0] == 0:
         return
-    if not (len(key) and aligned(key, 8) and aligned(value, 8) and query.stride(-1) == 1 == out.stride(-1)):
+    if len(key) == 0 or unreachable(query, key, value, out, box=1):
         portable.ragged_attention(
             query,
             key,

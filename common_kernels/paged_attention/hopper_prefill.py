@@ -48,7 +48,7 @@ thread_barrier = first_of(gl, THREAD_BARRIERS)
 
 
 @gluon.jit
-def row_of_block(query_starts, rows, block, BLOCK: gl.constexpr):
+def row_of_block(query_starts: gl.tensor, rows: gl.tensor, block: gl.tensor, BLOCK: gl.constexpr) -> gl.tensor:
     """The row whose queries block number `block` holds, and its first block; see `triton_prefill.row_of_block`."""
     low = rows * 0
     high = rows
@@ -63,23 +63,23 @@ def row_of_block(query_starts, rows, block, BLOCK: gl.constexpr):
 
 @gluon.jit
 def load_tiles(
-    start,
-    tiles,
-    key,
-    value,
-    k_boxes,
-    k_tail_boxes,
-    v_boxes,
-    k_full,
-    k_free,
-    v_full,
-    v_free,
-    table_row,
-    dead_page,
-    kv_head,
-    first_place,
-    first_seen,
-    end_seen,
+    start: gl.tensor,
+    tiles: gl.tensor,
+    key: gl.tensor,
+    value: gl.tensor,
+    k_boxes: gl.shared_memory_descriptor,
+    k_tail_boxes: gl.shared_memory_descriptor,
+    v_boxes: gl.shared_memory_descriptor,
+    k_full: gl.shared_memory_descriptor,
+    k_free: gl.shared_memory_descriptor,
+    v_full: gl.shared_memory_descriptor,
+    v_free: gl.shared_memory_descriptor,
+    table_row: gl.tensor,
+    dead_page: gl.tensor,
+    kv_head: gl.tensor,
+    first_place: gl.tensor,
+    first_seen: gl.tensor,
+    end_seen: gl.tensor,
     PAGED: gl.constexpr,
     PAGE_SIZE: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -87,7 +87,7 @@ def load_tiles(
     HEAD_MAIN: gl.constexpr,
     HEAD_TAIL: gl.constexpr,
     STAGES: gl.constexpr,
-):
+) -> None:
     """The warp that has the copy engine fill the ring; arguments as of `load_tile`."""
     for i in range(tiles):
         load_tile(
@@ -99,30 +99,30 @@ def load_tiles(
 
 @gluon.jit
 def gather_tiles(
-    start,
-    tiles,
-    key,
-    value,
-    k_ring,
-    k_tail_ring,
-    v_ring,
-    k_full,
-    k_free,
-    v_full,
-    v_free,
-    table_row,
-    key_page_stride,
-    key_token_stride,
-    value_page_stride,
-    value_token_stride,
-    first_seen,
-    end_seen,
+    start: gl.tensor,
+    tiles: gl.tensor,
+    key: gl.tensor,
+    value: gl.tensor,
+    k_ring: gl.shared_memory_descriptor,
+    k_tail_ring: gl.shared_memory_descriptor,
+    v_ring: gl.shared_memory_descriptor,
+    k_full: gl.shared_memory_descriptor,
+    k_free: gl.shared_memory_descriptor,
+    v_full: gl.shared_memory_descriptor,
+    v_free: gl.shared_memory_descriptor,
+    table_row: gl.tensor,
+    key_page_stride: gl.tensor,
+    key_token_stride: gl.tensor,
+    value_page_stride: gl.tensor,
+    value_token_stride: gl.tensor,
+    first_seen: gl.tensor,
+    end_seen: gl.tensor,
     PAGE_SIZE: gl.constexpr,
     BLOCK_N: gl.constexpr,
     HEAD_MAIN: gl.constexpr,
     HEAD_TAIL: gl.constexpr,
     STAGES: gl.constexpr,
-):
+) -> None:
     """The warps that gather keys into the ring; arguments as of `gather_tile`."""
     for i in range(tiles):
         gather_tile(
@@ -134,19 +134,19 @@ def gather_tiles(
 
 @gluon.jit
 def load_queries(
-    rows,  # [64, COLUMNS] shared memory
-    query,
+    rows: gl.shared_memory_descriptor,  # [64, COLUMNS] shared memory
+    query: gl.tensor,
     which: gl.constexpr,
-    first_head,
-    first_query,
-    query_end,
-    query_token_stride,
-    query_head_stride,
-    heads,
+    first_head: gl.tensor,
+    first_query: gl.tensor,
+    query_end: gl.tensor,
+    query_token_stride: gl.tensor,
+    query_head_stride: gl.tensor,
+    heads: gl.tensor,
     PACK: gl.constexpr,
     FIRST_COLUMN: gl.constexpr,
     COLUMNS: gl.constexpr,
-):
+) -> None:
     """Some columns of the queries of one warpgroup; zeros where a row of the tile has no query."""
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     lanes = which * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, wide))
@@ -159,14 +159,14 @@ def load_queries(
 
 @gluon.jit
 def multiply_keys(
-    q_rows,
-    q_tail_rows,
-    k_ring,
-    k_tail_ring,
-    stage,
+    q_rows: gl.shared_memory_descriptor,
+    q_tail_rows: gl.shared_memory_descriptor,
+    k_ring: gl.shared_memory_descriptor,
+    k_tail_ring: gl.shared_memory_descriptor,
+    stage: gl.tensor,
     HEAD_TAIL: gl.constexpr,
     BLOCK_N: gl.constexpr,
-):
+) -> gl.tensor:
     """Start the products of a warpgroup's queries and the keys in a slot of the ring; not waited for."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     scores = gl.zeros([64, BLOCK_N], gl.float32, layout=layout)
@@ -178,17 +178,17 @@ def multiply_keys(
 
 @gluon.jit
 def weigh(
-    products,  # [64, BLOCK_N] float32
-    total,  # [64] sum of weights
-    top,  # [64] maximum of scores, base 2
-    tile,  # the position of its first key
-    positions,
-    length,
-    row_slopes,
-    left,
-    right,
-    score_scale,
-    cap,
+    products: gl.tensor,  # [64, BLOCK_N] float32
+    total: gl.tensor,  # [64] sum of weights
+    top: gl.tensor,  # [64] maximum of scores, base 2
+    tile: gl.tensor,  # the position of its first key
+    positions: gl.tensor,
+    length: gl.tensor,
+    row_slopes: gl.tensor,
+    left: gl.tensor,
+    right: gl.tensor,
+    score_scale: gl.tensor,
+    cap: gl.tensor,
     MASKED: gl.constexpr,
     CAUSAL: gl.constexpr,
     HAS_LEFT: gl.constexpr,
@@ -196,7 +196,7 @@ def weigh(
     HAS_SOFT_CAP: gl.constexpr,
     HAS_SLOPES: gl.constexpr,
     BLOCK_N: gl.constexpr,
-):
+) -> gl.tensor:
     """The weights of a tile, and of the online softmax the new sum, the new maximum, and what decays the old output."""
     scores = products
     keys = tile + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, products.type.layout))
@@ -221,14 +221,22 @@ def weigh(
 
 
 @gluon.jit
-def worked_out(total):
+def worked_out(total: gl.tensor) -> gl.tensor:
     """`total`, a sum of weights, as it is; what is waited for after this is not waited for before it is known.
 
     The assembler moves a wait for products ahead of arithmetic that has nothing to do with it, here that of the
-    softmax, which is to be done under them. It does not move it past an instruction that may end the program.
+    softmax, which is to be done under them. It does not move it past a store to shared memory. This one is never done,
+    since no sum of weights is negative, which the assembler does not know.
     """
     return gl.inline_asm_elementwise(
-        "{ .reg .pred never; .reg .b32 zero; setp.lt.f32 never, $1, 0f00000000; mov.b32 zero, 0; @never st.shared.f32 [zero], $1; mov.b32 $0, $1; }",
+        """{
+            .reg .pred never;
+            .reg .b32 zero;
+            setp.lt.f32 never, $1, 0f00000000;
+            mov.b32 zero, 0;
+            @never st.shared.f32 [zero], $1;
+            mov.b32 $0, $1;
+        }""",
         "=f,f",
         [total],
         dtype=gl.float32,
@@ -239,30 +247,30 @@ def worked_out(total):
 
 @gluon.jit
 def attend_tile(
-    i,  # the number of the tile, from 1 on
-    acc,
-    total,
-    top,
-    p,  # the weights of the tile before, as the left operand of a product
+    i: gl.tensor,  # the number of the tile, from 1 on
+    acc: gl.tensor,
+    total: gl.tensor,
+    top: gl.tensor,
+    p: gl.tensor,  # the weights of the tile before, as the left operand of a product
     which: gl.constexpr,
-    q_rows,
-    q_tail_rows,
-    k_ring,
-    k_tail_ring,
-    v_ring,
-    k_full,
-    k_free,
-    v_full,
-    v_free,
-    turns,
-    start,
-    positions,
-    length,
-    row_slopes,
-    left,
-    right,
-    score_scale,
-    cap,
+    q_rows: gl.shared_memory_descriptor,
+    q_tail_rows: gl.shared_memory_descriptor,
+    k_ring: gl.shared_memory_descriptor,
+    k_tail_ring: gl.shared_memory_descriptor,
+    v_ring: gl.shared_memory_descriptor,
+    k_full: gl.shared_memory_descriptor,
+    k_free: gl.shared_memory_descriptor,
+    v_full: gl.shared_memory_descriptor,
+    v_free: gl.shared_memory_descriptor,
+    turns: gl.shared_memory_descriptor,
+    start: gl.tensor,
+    positions: gl.tensor,
+    length: gl.tensor,
+    row_slopes: gl.tensor,
+    left: gl.tensor,
+    right: gl.tensor,
+    score_scale: gl.tensor,
+    cap: gl.tensor,
     MASKED: gl.constexpr,
     CAUSAL: gl.constexpr,
     HAS_LEFT: gl.constexpr,
@@ -273,7 +281,7 @@ def attend_tile(
     BLOCK_N: gl.constexpr,
     HEAD_TAIL: gl.constexpr,
     STAGES: gl.constexpr,
-):
+) -> gl.tensor:
     """Scores and weights of tile i, and meanwhile the output of tile i - 1: returns acc, total, top, p."""
     stage = i % STAGES
     before = (i - 1) % STAGES
@@ -304,41 +312,41 @@ def attend_tile(
 @gluon.jit
 def attend(
     which: gl.constexpr,  # of the two warpgroups
-    q,  # [2, 64, HEAD_MAIN] shared memory
-    q_tail,  # [2, 64, HEAD_TAIL]
-    k_ring,  # [STAGES, BLOCK_N, HEAD_MAIN]
-    k_tail_ring,
-    v_ring,  # [STAGES, BLOCK_N, HEAD_MAIN]
-    k_full,
-    k_free,
-    v_full,
-    v_free,
-    turns,
-    query,
-    out,
-    lse,
-    sinks,
-    slopes,
-    kv_head,
-    first_group_head,
-    first_query,
-    query_end,
-    first_position,
-    length,
-    start,
-    tiles,
-    common_start,  # tiles in which every query sees every key
-    common_end,
-    score_scale,
-    cap,
-    left,
-    right,
-    query_token_stride,
-    query_head_stride,
-    out_token_stride,
-    out_head_stride,
-    lse_token_stride,
-    lse_head_stride,
+    q: gl.shared_memory_descriptor,  # [2, 64, HEAD_MAIN] shared memory
+    q_tail: gl.shared_memory_descriptor,  # [2, 64, HEAD_TAIL]
+    k_ring: gl.shared_memory_descriptor,  # [STAGES, BLOCK_N, HEAD_MAIN]
+    k_tail_ring: gl.shared_memory_descriptor,
+    v_ring: gl.shared_memory_descriptor,  # [STAGES, BLOCK_N, HEAD_MAIN]
+    k_full: gl.shared_memory_descriptor,
+    k_free: gl.shared_memory_descriptor,
+    v_full: gl.shared_memory_descriptor,
+    v_free: gl.shared_memory_descriptor,
+    turns: gl.shared_memory_descriptor,
+    query: gl.tensor,
+    out: gl.tensor,
+    lse: gl.tensor,
+    sinks: gl.tensor,
+    slopes: gl.tensor,
+    kv_head: gl.tensor,
+    first_group_head: gl.tensor,
+    first_query: gl.tensor,
+    query_end: gl.tensor,
+    first_position: gl.tensor,
+    length: gl.tensor,
+    start: gl.tensor,
+    tiles: gl.tensor,
+    common_start: gl.tensor,  # tiles in which every query sees every key
+    common_end: gl.tensor,
+    score_scale: gl.tensor,
+    cap: gl.tensor,
+    left: gl.tensor,
+    right: gl.tensor,
+    query_token_stride: gl.tensor,
+    query_head_stride: gl.tensor,
+    out_token_stride: gl.tensor,
+    out_head_stride: gl.tensor,
+    lse_token_stride: gl.tensor,
+    lse_head_stride: gl.tensor,
     GROUP: gl.constexpr,
     PACK: gl.constexpr,
     CAUSAL: gl.constexpr,
@@ -350,7 +358,7 @@ def attend(
     HEAD_MAIN: gl.constexpr,
     HEAD_TAIL: gl.constexpr,
     STAGES: gl.constexpr,
-):
+) -> None:
     """One warpgroup: 64 rows of queries against all tiles, and their output."""
     ROWS: gl.constexpr = 64
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -422,7 +430,7 @@ def attend(
     v_tile = v_ring.index(last % STAGES)
     mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
     if BOX:
-        # Only the last tile can reach past the row's keys. All threads have cleared what is theirs before any multiplies.
+        # Only the last tile can reach past the row's keys. All threads have cleared their part before any multiplies.
         if start + tiles * BLOCK_N > length:
             clear_dead_keys(v_tile, start + last * BLOCK_N, length)
             fence_async_shared()
@@ -461,39 +469,39 @@ def attend(
     gl.store(out_rows[:, None] + columns[None, :], q_rows.load(wide), mask=wide_ours[:, None])
 
 
-@gluon.jit(do_not_specialize=["tokens", "rows"])
+@gluon.jit(do_not_specialize=["tokens", "rows", "pages"])
 def prefill_kernel(
-    query,  # [T, Hq, D]
-    key,  # a descriptor of [pages, Hk, P, D], boxes [1, 1, BOX, 64]; contiguous: [1, Hk, K, D]; gathered: the cache
-    value,
-    out,  # [T, Hq, V]
-    lse,  # [T, Hq] or None
-    sinks,  # [Hq] or None
-    slopes,  # [Hq] or None
-    query_starts,  # [R + 1]
-    lengths,  # [R]; contiguous: key_starts [R + 1]
-    table,  # [*, pages], or None
-    table_rows,  # [R], or None
-    tokens,
-    rows,
-    pages,  # N, and so the number of a page that there is not
-    scale,
-    soft_cap,
-    left,
-    right,
-    query_token_stride,
-    query_head_stride,
-    key_page_stride,
-    key_token_stride,
-    key_head_stride,
-    value_page_stride,
-    value_token_stride,
-    value_head_stride,
-    out_token_stride,
-    out_head_stride,
-    lse_token_stride,
-    lse_head_stride,
-    table_stride,
+    query: gl.tensor,  # [T, Hq, D]
+    key: gl.tensor,  # [N, P, Hk, D] if gathered, else a descriptor of [N, Hk, P, D]; contiguous: of [1, Hk, K, D]
+    value: gl.tensor,
+    out: gl.tensor,  # [T, Hq, V]
+    lse: gl.tensor,  # [T, Hq] or None
+    sinks: gl.tensor,  # [Hq] or None
+    slopes: gl.tensor,  # [Hq] or None
+    query_starts: gl.tensor,  # [R + 1]
+    lengths: gl.tensor,  # [R]; contiguous: key_starts [R + 1]
+    table: gl.tensor,  # [*, pages], or None
+    table_rows: gl.tensor,  # [R], or None
+    tokens: gl.tensor,
+    rows: gl.tensor,
+    pages: gl.tensor,  # N, and so the number of a page that there is not
+    scale: gl.tensor,
+    soft_cap: gl.tensor,
+    left: gl.tensor,
+    right: gl.tensor,
+    query_token_stride: gl.tensor,
+    query_head_stride: gl.tensor,
+    key_page_stride: gl.tensor,
+    key_token_stride: gl.tensor,
+    key_head_stride: gl.tensor,
+    value_page_stride: gl.tensor,
+    value_token_stride: gl.tensor,
+    value_head_stride: gl.tensor,
+    out_token_stride: gl.tensor,
+    out_head_stride: gl.tensor,
+    lse_token_stride: gl.tensor,
+    lse_head_stride: gl.tensor,
+    table_stride: gl.tensor,
     GROUP: gl.constexpr,  # query heads of one key-value head
     PACK: gl.constexpr,  # of them, how many share a program; a power of two
     MORE_THAN: gl.constexpr,  # rows with no more queries than this are left to another kernel
@@ -510,7 +518,7 @@ def prefill_kernel(
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,  # of a thread that attends
     LOAD_REGISTERS: gl.constexpr,  # of a thread that loads
-):
+) -> None:
     """One program attends for one block of queries of a row and PACK of its heads; see `hopper_kernel.prefill`."""
     BLOCK_M: gl.constexpr = 128
     QUERIES: gl.constexpr = BLOCK_M // PACK

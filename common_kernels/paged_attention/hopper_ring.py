@@ -28,7 +28,7 @@ GATHERING_WARPS = gl.constexpr(4)
 
 
 @gluon.jit
-def make_barriers(READERS: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr):
+def make_barriers(READERS: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr) -> gl.tensor:
     """The barriers of a ring: k_full, k_free, v_full, v_free; READERS partitions read each slot."""
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -45,7 +45,13 @@ def make_barriers(READERS: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr
 
 
 @gluon.jit
-def as_boxes(ring, BLOCK_N: gl.constexpr, BOX: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr):
+def as_boxes(
+    ring: gl.shared_memory_descriptor,
+    BLOCK_N: gl.constexpr,
+    BOX: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    STAGES: gl.constexpr,
+) -> gl.tensor:
     """A ring [STAGES, BLOCK_N, COLUMNS] as boxes: number (slot * blocks of columns + block) * boxes of a block + box.
 
     A tile's first 64 columns lie before its next 64, and there its first keys before the next: boxes are whole pieces.
@@ -57,23 +63,23 @@ def as_boxes(ring, BLOCK_N: gl.constexpr, BOX: gl.constexpr, COLUMNS: gl.constex
 
 @gluon.jit
 def load_tile(
-    number,  # of the tile, counted over all that the program loads
-    tile,  # the position of its first key, a multiple of BOX
-    key,  # a descriptor of [pages, Hk, P, D], boxes [1, 1, BOX, 64]; contiguous: [1, Hk, K, D]
-    value,
-    k_boxes,
-    k_tail_boxes,
-    v_boxes,
-    k_full,
-    k_free,
-    v_full,
-    v_free,
-    table_row,  # pointer: the row's first page number; contiguous: not used
-    dead_page,  # a page number that the descriptor does not have: its box arrives as zeros
-    kv_head,
-    first_place,  # contiguous: where the row's first key lies
-    first_seen,  # boxes without a position first_seen <= j < end_seen are not read
-    end_seen,
+    number: gl.tensor,  # of the tile, counted over all that the program loads
+    tile: gl.tensor,  # the position of its first key, a multiple of BOX
+    key: gl.tensor,  # a descriptor of [pages, Hk, P, D], boxes [1, 1, BOX, 64]; contiguous: [1, Hk, K, D]
+    value: gl.tensor,
+    k_boxes: gl.shared_memory_descriptor,
+    k_tail_boxes: gl.shared_memory_descriptor,
+    v_boxes: gl.shared_memory_descriptor,
+    k_full: gl.shared_memory_descriptor,
+    k_free: gl.shared_memory_descriptor,
+    v_full: gl.shared_memory_descriptor,
+    v_free: gl.shared_memory_descriptor,
+    table_row: gl.tensor,  # pointer: the row's first page number; contiguous: not used
+    dead_page: gl.tensor,  # a page number that the descriptor does not have: its box arrives as zeros
+    kv_head: gl.tensor,
+    first_place: gl.tensor,  # contiguous: where the row's first key lies
+    first_seen: gl.tensor,  # boxes without a position first_seen <= j < end_seen are not read
+    end_seen: gl.tensor,
     PAGED: gl.constexpr,
     PAGE_SIZE: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -81,7 +87,7 @@ def load_tile(
     HEAD_MAIN: gl.constexpr,
     HEAD_TAIL: gl.constexpr,
     STAGES: gl.constexpr,
-):
+) -> None:
     """Let the copy engine bring one tile, when its slot is free; values have HEAD_MAIN columns."""
     BOXES: gl.constexpr = BLOCK_N // BOX
     gl.static_assert(BOXES == 1 or (PAGED and BOX == PAGE_SIZE), "a box is a page or a tile")
@@ -96,11 +102,11 @@ def load_tile(
         for box in gl.static_range(BOXES):
             begin = tile + box * BOX
             seen = (begin < end_seen) & (begin + BOX > first_seen)
-            pages = pages + (gl.load(table_row + begin // PAGE_SIZE, mask=seen, other=dead_page),)  # noqa: RUF005
+            pages = pages + (gl.load(table_row + begin // PAGE_SIZE, mask=seen, other=dead_page),)  # type: ignore[assignment]  # noqa: RUF005
         place = tile % PAGE_SIZE
     else:
         place = first_place + tile
-        pages = (0,)
+        pages = (0,)  # type: ignore[assignment]
     mbarrier.wait(k_free.index(slot), left)
     mbarrier.expect(k_full.index(slot), BYTES * (HEAD_MAIN + HEAD_TAIL))
     load_columns(key, k_boxes, k_full, slot, pages, kv_head, place, 0, HEAD_MAIN, BOXES)
@@ -113,17 +119,17 @@ def load_tile(
 
 @gluon.jit
 def load_columns(
-    source,
-    boxes,
-    full,
-    slot,
-    pages,
-    kv_head,
-    place,
+    source: gl.tensor,
+    boxes: gl.shared_memory_descriptor,
+    full: gl.shared_memory_descriptor,
+    slot: gl.tensor,
+    pages: gl.tensor,
+    kv_head: gl.tensor,
+    place: gl.tensor,
     FIRST_COLUMN: gl.constexpr,
     COLUMNS: gl.constexpr,
     BOXES: gl.constexpr,
-):
+) -> None:
     """Some columns of a tile, box by box."""
     BLOCKS: gl.constexpr = COLUMNS // BOX_COLUMNS
     for box in gl.static_range(BOXES):
@@ -138,30 +144,30 @@ def load_columns(
 
 @gluon.jit
 def gather_tile(
-    number,
-    tile,
-    key,  # pointer: the cache's slot 0 of this head
-    value,
-    k_ring,  # [STAGES, BLOCK_N, HEAD_MAIN]
-    k_tail_ring,
-    v_ring,
-    k_full,
-    k_free,
-    v_full,
-    v_free,
-    table_row,
-    key_page_stride,
-    key_token_stride,
-    value_page_stride,
-    value_token_stride,
-    first_seen,  # keys outside first_seen <= j < end_seen are not read; zeros stand in their place
-    end_seen,
+    number: gl.tensor,
+    tile: gl.tensor,
+    key: gl.tensor,  # pointer: the cache's slot 0 of this head
+    value: gl.tensor,
+    k_ring: gl.shared_memory_descriptor,  # [STAGES, BLOCK_N, HEAD_MAIN]
+    k_tail_ring: gl.shared_memory_descriptor,
+    v_ring: gl.shared_memory_descriptor,
+    k_full: gl.shared_memory_descriptor,
+    k_free: gl.shared_memory_descriptor,
+    v_full: gl.shared_memory_descriptor,
+    v_free: gl.shared_memory_descriptor,
+    table_row: gl.tensor,
+    key_page_stride: gl.tensor,
+    key_token_stride: gl.tensor,
+    value_page_stride: gl.tensor,
+    value_token_stride: gl.tensor,
+    first_seen: gl.tensor,  # keys outside first_seen <= j < end_seen are not read; zeros stand in their place
+    end_seen: gl.tensor,
     PAGE_SIZE: gl.constexpr,
     BLOCK_N: gl.constexpr,
     HEAD_MAIN: gl.constexpr,
     HEAD_TAIL: gl.constexpr,
     STAGES: gl.constexpr,
-):
+) -> None:
     """As `load_tile`, key by key.
 
     Each thread arrives when its own copies have ended. They are ordinary writes: who multiplies what they brought says
@@ -190,19 +196,19 @@ def gather_tile(
 
 @gluon.jit
 def gather_columns(
-    source,
-    target,  # [BLOCK_N, COLUMNS] shared memory
-    table_row,
-    page_stride,
-    token_stride,
-    tile,
-    first_seen,
-    end_seen,
+    source: gl.tensor,
+    target: gl.shared_memory_descriptor,  # [BLOCK_N, COLUMNS] shared memory
+    table_row: gl.tensor,
+    page_stride: gl.tensor,
+    token_stride: gl.tensor,
+    tile: gl.tensor,
+    first_seen: gl.tensor,
+    end_seen: gl.tensor,
     PAGE_SIZE: gl.constexpr,
     BLOCK_N: gl.constexpr,
     COLUMNS: gl.constexpr,
     FIRST_COLUMN: gl.constexpr,
-):
+) -> None:
     """Some columns of a tile, a few keys at a time, so that few addresses are held at once."""
     ROWS: gl.constexpr = 32  # of one round
     LANES: gl.constexpr = COLUMNS // 8 if COLUMNS < 256 else 32
@@ -221,7 +227,7 @@ def gather_columns(
 
 
 @gluon.jit
-def clear_dead_keys(tile_of_values, first_key, end):
+def clear_dead_keys(tile_of_values: gl.shared_memory_descriptor, first_key: gl.tensor, end: gl.tensor) -> None:
     """Zero the values of a tile that belong to no key of the row, the positions from `end` on.
 
     What lies there may be NaN, and a weight of zero times NaN is no zero. Every partition that reads the tile does this

@@ -1,4 +1,4 @@
-"""What the Hopper kernels of this operation share, in Gluon: as `triton_softmax`, where the conventions are explained."""
+"""What the Hopper kernels of this operation share, in Gluon; `triton_softmax` explains the conventions."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ LOWEST = gl.constexpr(-1.0e30)
 
 @gluon.jit
 def query_range(
-    first_position,
-    queries,
-    length,
-    left,
-    right,
+    first_position: gl.tensor,
+    queries: gl.tensor,
+    length: gl.tensor,
+    left: gl.tensor,
+    right: gl.tensor,
     CAUSAL: gl.constexpr,
     HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr,
-):
+) -> gl.tensor:
     """Of a block of queries: the keys (first, end) that some of them sees, and those that all of them see."""
     last_position = first_position + queries - 1
     first_seen = length * 0
@@ -43,15 +43,15 @@ def query_range(
 
 @gluon.jit
 def sees(
-    keys,
-    positions,
-    length,
-    left,
-    right,
+    keys: gl.tensor,
+    positions: gl.tensor,
+    length: gl.tensor,
+    left: gl.tensor,
+    right: gl.tensor,
     CAUSAL: gl.constexpr,
     HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr,
-):
+) -> gl.tensor:
     """Which keys (their positions in the row) the queries at some positions see; shapes that broadcast."""
     seen = keys < length
     if CAUSAL:
@@ -65,14 +65,14 @@ def sees(
 
 @gluon.jit
 def sees_any(
-    positions,
-    length,
-    left,
-    right,
+    positions: gl.tensor,
+    length: gl.tensor,
+    left: gl.tensor,
+    right: gl.tensor,
     CAUSAL: gl.constexpr,
     HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr,
-):
+) -> gl.tensor:
     """Whether a query sees some key of its row, told from its position: the keys may be shared out among programs."""
     first = gl.zeros_like(positions)
     end = gl.zeros_like(positions) + length
@@ -86,13 +86,13 @@ def sees_any(
 
 
 @gluon.jit
-def cap_scores(products, score_scale, cap):
+def cap_scores(products: gl.tensor, score_scale: gl.tensor, cap: gl.tensor) -> gl.tensor:
     """The soft cap, in base 2; tanh(x) = 1 - 2 / (exp(2 x) + 1), right at both ends, where exp gives 0 and infinity."""
     return cap * (1.0 - 2.0 / (gl.exp2(products * score_scale) + 1.0))
 
 
 @gluon.jit
-def add_sinks(total, top, sinks, wanted):
+def add_sinks(total: gl.tensor, top: gl.tensor, sinks: gl.tensor, wanted: gl.tensor) -> gl.tensor:
     """One more score that has no value, where wanted: returns total, top and what the output is to be multiplied by."""
     scores = gl.where(wanted, sinks * LOG2E, LOWEST)
     new_top = gl.maximum(top, scores)
@@ -101,17 +101,13 @@ def add_sinks(total, top, sinks, wanted):
 
 
 @gluon.jit
-def lse_of(total, top):
+def lse_of(total: gl.tensor, top: gl.tensor) -> gl.tensor:
     """The natural logarithm of the sum of exponentiated scores; -inf where nothing was seen."""
     seen = total > 0.0
     return gl.where(seen, (top + gl.log2(gl.where(seen, total, 1.0))) * LN2, float("-inf"))
 
 
 @gluon.jit
-def scale_of_scores(scale, soft_cap, HAS_SOFT_CAP: gl.constexpr):
+def scale_of_scores(scale: gl.tensor, soft_cap: gl.tensor, HAS_SOFT_CAP: gl.constexpr) -> gl.tensor:
     """What a product is multiplied by: to base 2, or with a soft cap to the argument of `cap_scores`."""
-    if HAS_SOFT_CAP:
-        score_scale = scale * (2.0 * LOG2E) / soft_cap
-    else:
-        score_scale = scale * LOG2E
-    return score_scale
+    return scale * (2.0 * LOG2E) / soft_cap if HAS_SOFT_CAP else scale * LOG2E

@@ -24,6 +24,7 @@ import triton
 from taut.common_kernels.merge.triton_kernel import merge_items
 from taut.common_kernels.paged_attention.triton_decode import decode_kernel
 from taut.common_kernels.paged_attention.triton_prefill import prefill_kernel
+from taut.common_kernels.reference import NoWorkspace
 from taut.common_kernels.schedule.reference import ScheduleShape, most_items, parts_that_fit
 from taut.common_kernels.schedule.triton_kernel import launch_options
 from taut.common_kernels.step import PageTable, Step
@@ -412,13 +413,15 @@ def ragged_attention(
     lse: Tensor | None = None,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
-    workspace: Workspace | None = None,  # noqa: ARG001
+    workspace: Workspace | None = None,
 ) -> None:
-    """See `Kernels.ragged_attention`. Needs no workspace."""
+    """See `Kernels.ragged_attention`. Needs no workspace; the one it is given may name a tile table."""
     if query.shape[0] == 0:
         return
     group = query.shape[1] // key.shape[1]
-    tile = prefill_tile(str(query.device), None, group, (query.shape[2], value.shape[2]), (query.dtype, key.dtype))
+    table_path = workspace.table_path if isinstance(workspace, NoWorkspace) else None
+    sizes, dtypes = (query.shape[2], value.shape[2]), (query.dtype, key.dtype)
+    tile = prefill_tile(str(query.device), table_path, group, sizes, dtypes)
     launch_prefill(
         query,
         key,

@@ -41,7 +41,12 @@ def load_item(items: gl.tensor, item: gl.tensor) -> gl.tensor:
 
 
 @gluon.jit
-def tiles_of(queries: gl.tensor, first_key: gl.tensor, end_key: gl.tensor, TILE: gl.constexpr) -> gl.tensor:
+def tiles_of(
+    queries: gl.tensor,
+    first_key: gl.tensor,
+    end_key: gl.tensor,
+    TILE: gl.constexpr,  # noqa: N803
+) -> gl.tensor:
     """Tiles of an item; see `reference.tiles_of`."""
     return gl.where(queries > 0, gl.maximum(gl.cdiv(end_key - first_key, TILE), 1), 0)
 
@@ -55,4 +60,6 @@ def wait_for_kernel_ahead() -> None:
 @gluon.jit
 def let_next_start() -> None:
     """Let the kernel that is launched after this one start, once all programs have said so or ended."""
-    gl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
