@@ -10,12 +10,13 @@ MODEL := .models/SmolLM2-135M-Instruct
 PIP := $(BIN)/python -m pip --disable-pip-version-check install $(shell [ -t 2 ] || echo -q)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit kernels contract engines sglang sglang-releases sglang-contract environment model clean
+.PHONY: help demo test lint unit kernels contract engines sglang sglang-demo sglang-releases sglang-contract environment model clean
 
 help:
 	@echo "make demo   text from a real engine, its own attention beside ours (sets everything up first)"
 	@echo "make test   lint, types and all tests (the same)"
 	@echo "make sglang  the same for SGLang: its CPU engine, in an environment of its own"
+	@echo "make sglang-demo  the demo with SGLang, in that environment"
 	@echo "make sglang-releases  the same on three other releases of SGLang (fetches 400 MB once)"
 	@echo "make contract  our classes against seven real releases of vLLM (fetches 1 GB once)"
 	@echo "make clean  remove what both have set up"
@@ -64,7 +65,12 @@ sglang: $(SGLANG_VENV)/model.done
 	@echo "==> SGLang's own attention kit, unedited, against our backend"
 	$(SGLANG) tests/conformance/sglang_kit.py
 	@echo "==> tests with SGLang's CPU engine"
-	$(SGLANG) -m pytest -q tests/integration/test_sglang_text.py tests/integration/test_sglang_serve.py
+	$(SGLANG) -m pytest -q tests/integration/test_sglang_text.py tests/integration/test_sglang_serve.py \
+		tests/integration/test_audit_sglang.py
+
+sglang-demo: $(SGLANG_VENV)/model.done
+	@echo "==> generating with the engine's own attention and with ours"
+	@PYTHONPATH=tests/standins $(SGLANG_VENV)/bin/taut demo --model $(MODEL)
 
 # The same engine tests on other releases, unpacked beside the one that is installed: it brings what they need.
 SGLANG_RELEASES ?= 0.5.15.post1 0.5.18 0.5.23

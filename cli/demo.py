@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +26,7 @@ QUESTIONS = (
     "Write one sentence about a little robot.",
     "What is 2 + 2?",
 )
-# vLLM may write the name of its process before the line.
+# An engine may write the name of its process before the line.
 SERVES = re.compile(r"\btaut INFO \[.*serves .* attention")
 
 
@@ -52,13 +52,71 @@ class EngineFailedError(UserError):
     """The engine's process ended without a result; holds the end of its log."""
 
 
-def run_engine(request: dict[str, Any], attention: str | None, environment: dict[str, str] | None = None) -> Run:
-    """Run `taut.cli.generate` in a process of its own.
+@dataclass(frozen=True)
+class Engine:
+    """An engine as the demo runs it.
+
+    Args:
+        name: what people call it.
+        module: what is imported under that name.
+        runs: the module that runs it once.
+        arguments: of its Python interface.
+        on_cpu: further ones on a CPU.
+        on_gpu: further ones on a GPU.
+        stock_on_cpu: further ones on a CPU where its own attention is to serve.
+        variables_on_cpu: what its processes need in their environment there.
+    """
+
+    name: str
+    module: str
+    runs: str
+    arguments: dict[str, Any]
+    on_cpu: dict[str, Any]
+    on_gpu: dict[str, Any]
+    stock_on_cpu: dict[str, Any] = field(default_factory=dict)
+    variables_on_cpu: dict[str, str] = field(default_factory=dict)
+
+
+ENGINES = (
+    Engine(
+        name="vLLM",
+        module="vllm",
+        runs="taut.cli.generate",
+        arguments={"max_model_len": 512, "enforce_eager": True},
+        on_cpu={"dtype": "float32"},
+        on_gpu={"dtype": "bfloat16"},
+    ),
+    Engine(
+        name="SGLang",
+        module="sglang",
+        runs="taut.cli.generate_sglang",
+        arguments={"context_length": 512, "disable_cuda_graph": True, "log_level": "error"},
+        on_cpu={"device": "cpu", "dtype": "float32", "max_total_tokens": 4096, "mem_fraction_static": 0.2},
+        on_gpu={"dtype": "bfloat16"},
+        # Which of its own backends runs there depends on the machine and on what is built for it; this one always does.
+        stock_on_cpu={"attention_backend": "torch_native"},
+        # Its helpers are written in Triton, which runs them on a CPU under its interpreter.
+        variables_on_cpu={
+            "SGLANG_USE_CPU_ENGINE": "1", "TRITON_INTERPRET": "1", "TOKENIZERS_PARALLELISM": "false",
+            "OMP_WAIT_POLICY": "PASSIVE",
+        },
+    ),
+)  # fmt: skip
+
+
+def run_engine(
+    request: dict[str, Any],
+    attention: str | None,
+    environment: dict[str, str] | None = None,
+    runs: str = ENGINES[0].runs,
+) -> Run:
+    """Run an engine once, in a process of its own.
 
     Args:
         request: as `taut.cli.generate` takes it.
         attention: TAUT_ATTENTION for that process; None leaves it unset.
         environment: further variables.
+        runs: the module that does it.
 
     Raises:
         EngineFailedError: it did not end well.
@@ -76,7 +134,7 @@ def run_engine(request: dict[str, Any], attention: str | None, environment: dict
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder, "request.json"), Path(folder, "result.json")
         asked.write_text(json.dumps(request))
-        command = [sys.executable, "-m", "taut.cli.generate", str(asked), str(answered)]
+        command = [sys.executable, "-m", runs, str(asked), str(answered)]
         process = subprocess.run(
             command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
         )
@@ -86,10 +144,11 @@ def run_engine(request: dict[str, Any], attention: str | None, environment: dict
         return Run(json.loads(answered.read_text()), log)
 
 
-def demo(model: Path, tokens: int, console: Console) -> bool:
+def demo(engine: Engine, model: Path, tokens: int, console: Console) -> bool:
     """Generate with both, print them side by side.
 
     Args:
+        engine: which one.
         model: a folder in Hugging Face format.
         tokens: to generate per prompt, greedily.
         console: where to print.
@@ -105,12 +164,17 @@ def demo(model: Path, tokens: int, console: Console) -> bool:
         "chats": list(QUESTIONS),
         "tokens": tokens,
         "ignore_eos": False,
-        "engine": {"max_model_len": 512, "enforce_eager": True, "dtype": "bfloat16" if on_gpu else "float32"},
     }
+    arguments = engine.arguments | (engine.on_gpu if on_gpu else engine.on_cpu)
+    stock_arguments = arguments | ({} if on_gpu else engine.stock_on_cpu)
+    variables = {} if on_gpu else engine.variables_on_cpu
     runs = {}
-    for attention, words in (("off", "the engine's own attention"), ("on", "taut attention")):
-        with console.status(f"{words}: starting vLLM and generating (a minute on a small machine)"):
-            runs[attention] = run_engine(request, attention)
+    for attention, given, words in (
+        ("off", stock_arguments, "the engine's own attention"),
+        ("on", arguments, "taut attention"),
+    ):
+        with console.status(f"{words}: starting {engine.name} and generating (a minute on a small machine)"):
+            runs[attention] = run_engine(request | {"engine": given}, attention, variables, engine.runs)
         console.print(f"==> {words}: {runs[attention].tokens_per_second:.0f} tokens/s")
     stock, ours = runs["off"], runs["on"]
     equal = [a == b for a, b in zip(stock.result["token_ids"], ours.result["token_ids"], strict=True)]
@@ -143,16 +207,17 @@ def command(
     model: Annotated[Path, typer.Option(help="A model's folder in Hugging Face format, with a chat template.")],
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for each prompt, at most.")] = 48,
 ) -> None:
-    """Generate with vLLM's own attention and with ours, side by side.
+    """Generate with the engine's own attention and with ours, side by side: vLLM where it is installed, else SGLang.
 
     Example: taut demo --model .models/SmolLM2-135M-Instruct
 
     The exit status is 1 when a text differs or when ours did not serve.
     """
-    for needed in ("torch", "vllm"):
-        if find_spec(needed) is None:
-            raise UserError(f"the demo runs a real engine and {needed} is missing here: `make demo` sets both up")
+    engine = next((engine for engine in ENGINES if find_spec(engine.module)), None)
+    if engine is None or find_spec("torch") is None:
+        missing = "an engine" if engine is None else "torch"
+        raise UserError(f"the demo runs a real engine and {missing} is missing here: `make demo` sets both up")
     if not (model / "config.json").exists():
         raise UserError(f"{model} holds no config.json: name a model's folder, or run `make model`")
-    if not demo(model, tokens, Console()):
+    if not demo(engine, model, tokens, Console()):
         raise typer.Exit(1)

