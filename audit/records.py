@@ -160,6 +160,8 @@ class Run:
         kernels: the provider of ours that served; "" for a backend that is not ours.
         layers: what they have to work on.
         held: bytes of device memory that the backend's objects keep from step to step, caches not counted.
+        partials: bytes that a layer writes to scratch and reads again, by the schedule of the last step that was
+            recorded; None for a backend without one of ours.
         steps: that were recorded.
         captured_splits: arguments of launches inside a captured graph that say how rows are split.
         padding: None where it was not asked.
@@ -175,6 +177,7 @@ class Run:
     kernels: str = ""
     layers: list[Layer] = field(default_factory=list)
     held: int | None = None
+    partials: int | None = None
     steps: list[Step] = field(default_factory=list)
     captured_splits: dict[str, int] = field(default_factory=dict)
     padding: Padding | None = None

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from taut.audit.device import Profiler
-from taut.audit.records import Layer, Run, Step
+from taut.audit.records import Layer, Padding, Run, Step
 from taut.audit.trace import Trace
 from taut.audit.watch import Watch
 from taut.audit.work import (
@@ -30,6 +30,7 @@ from taut.audit.work import (
     prompts,
     read_request,
     say,
+    scheduled_partials,
     write,
 )
 
@@ -77,6 +78,7 @@ class Audited:
             layers=[_facts(name, layer, runner) for name, layer in layers.items()],
             held=held_bytes([backend], [*pools, *layers.values()]),
             steps=self.trace.steps,
+            padding=Padding(0, None, "rows without work are tried with vLLM alone"),
         )
         for name in ("init_forward_metadata", "init_forward_metadata_out_graph", "init_forward_metadata_in_graph"):
             watch.method(backend, name, "metadata", "metadata", "backend")
@@ -101,6 +103,7 @@ class Audited:
             if self.watch.source is not None:
                 self.found.captured_splits = self.watch.captured
                 self.found.observed = profiler.device if asked == "profile" else None
+                self.found.partials = scheduled_partials(getattr(runner.attn_backend, "workspaces", {}).values())
                 write(self.record, self.found)
             return result
 

@@ -18,7 +18,18 @@ from taut.audit.padding import try_padding
 from taut.audit.records import Layer, Run, Step
 from taut.audit.trace import Trace
 from taut.audit.watch import Watch
-from taut.audit.work import Request, class_name, device_name, held_bytes, modules_of, prompts, read_request, say, write
+from taut.audit.work import (
+    Request,
+    class_name,
+    device_name,
+    held_bytes,
+    modules_of,
+    prompts,
+    read_request,
+    say,
+    scheduled_partials,
+    write,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -88,9 +99,15 @@ class Audited:
             kernels=getattr(getattr(implementation, "kernels", None), "__name__", "").rpartition(".")[2],
             layers=[_facts(name, layer, itemsize) for name, layer in self.parts.layers.items()],
             held=held_bytes([*self.parts.builders, *(layer.impl for layer in self.parts.layers.values())]),
+            partials=scheduled_partials(self._workspaces()),
             steps=self.trace.steps,
             captured_splits=watch.captured,
         )
+
+    def _workspaces(self) -> list[Any]:
+        """Those of our builders."""
+        ours = [getattr(builder, "workspaces", None) for builder in self.parts.builders]
+        return [workspace for found in ours if isinstance(found, dict) for workspace in found.values()]
 
 
 def _facts(name: str, layer: Any, itemsize: int) -> Layer:

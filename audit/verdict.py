@@ -202,7 +202,7 @@ def _rows(run: Run, steps: Sequence[Step]) -> list[Row]:
         )
         if layer := layers.get(name):
             row.floor = sum(floor_bytes(layer, step.lengths, step.tokens) for step, _ in found) / len(steps)
-            row.split_traffic = _split_traffic(layer, found, len(steps))
+            row.split_traffic = _split_traffic(layer, found, len(steps)) if run.partials is None else run.partials
         rows.append(row)
     return rows
 

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
+from taut.common_kernels.schedule.reference import Item
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from taut.audit.records import Run
 
+SPLITS = Item._fields.index("splits")  # where an item of a schedule says into how many parts it is cut
 SAYS = "taut audit: "  # begins the lines by which an engine's process tells how far it is
 
 
@@ -121,6 +124,28 @@ def held_bytes(things: Sequence[Any], others: Iterable[Any] = ()) -> int:
         elif depth < 6 and not isinstance(thing, torch.nn.Module):
             waiting += [(inner, depth + 1) for inner in _inner(thing)]
     return sum(memory.values())
+
+
+def scheduled_partials(workspaces: Iterable[Any]) -> int | None:
+    """Bytes of partial results that a layer writes and reads again, by the schedule of ours that lies on the device.
+
+    It waits for the device: to be asked after a step, not in one.
+
+    Args:
+        workspaces: of our kernels, as the last step has left them; the largest traffic counts.
+
+    Returns:
+        None where no workspace has a schedule.
+    """
+    found = []
+    for workspace in workspaces:
+        schedule, scratch = getattr(workspace, "schedule", None), getattr(workspace, "scratch", None)
+        if schedule is None or scratch is None:
+            continue
+        splits = schedule.items[: workspace.items, SPLITS].tolist()
+        each = scratch.partials[0].nbytes + scratch.lses[0].nbytes
+        found.append(2 * each * sum(count for count in splits if count > 1))
+    return max(found, default=None)
 
 
 def _inner(thing: Any) -> list[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -17,7 +16,7 @@ from typer.testing import CliRunner
 
 from taut.audit import process as engine_process
 from taut.audit.process import EngineFailedError, reason, run_engine
-from taut.audit.work import Request, held_bytes, prompts
+from taut.audit.work import Request, held_bytes, prompts, scheduled_partials
 from taut.cli import UserError, audit
 from taut.cli.main import app
 
@@ -223,4 +222,19 @@ def test_held_bytes_count_each_memory_once_and_nothing_foreign() -> None:
     )
     inner.outer = outer  # type: ignore[attr-defined]
     assert held_bytes([outer], [cache]) == 400 + 24
-    assert json.dumps(held_bytes([])) == "0"
+    assert held_bytes([]) == 0
+
+
+def test_partial_results_by_a_schedule_of_ours() -> None:
+    """Of three items one is cut into four parts: four partials, each written and read."""
+    import torch
+
+    from taut.common_kernels.schedule.reference import Item, ScheduleShape
+    from taut.common_kernels.workspace import ScheduledWorkspace
+
+    workspace = ScheduledWorkspace(ScheduleShape(parts=8, max_items=5, tile=16, block=1), 5, 16, 64, "cpu")
+    workspace.items = 3
+    for i, splits in enumerate((1, 4, 0, 9, 9)):  # the last two are of another step
+        workspace.schedule.items[i] = torch.tensor(Item(0, 0, 1, 0, 0, 1, splits, 0))
+    assert scheduled_partials([object(), workspace]) == 2 * 4 * 16 * (64 + 1) * 4
+    assert scheduled_partials([object()]) is None
