@@ -393,7 +393,9 @@ class MlaTile:
     tile: Tile
 
 
-def mla_tile(table: TileTable, heads: int, rank: int, cache_bytes: int, max_query: int) -> MlaTile:
+def mla_tile(
+    table: TileTable, heads: int, rank: int, cache_bytes: int, max_query: int, operation: str = "mla_decode"
+) -> MlaTile:
     """The tile of a problem; a pure function.
 
     Args:
@@ -402,10 +404,11 @@ def mla_tile(table: TileTable, heads: int, rank: int, cache_bytes: int, max_quer
         rank: C.
         cache_bytes: bytes of a cached element.
         max_query: the most queries of a row; 0 for no bound.
+        operation: under which name the table has it.
     """
     room = max(1, ROWS_AT_ONCE // heads)
     block = min(room, max_query) if max_query else room
-    tile = table.tile("mla_decode", {"rows": block * heads, "rank": rank, "cache_bytes": cache_bytes})
+    tile = table.tile(operation, {"rows": block * heads, "rank": rank, "cache_bytes": cache_bytes})
     if tile["rows"] < block * heads:  # the table's tile holds fewer queries, or a part of the heads of one
         block = max(1, tile["rows"] // heads)
     return MlaTile(block, triton.cdiv(block * heads, tile["rows"]), tile)
