@@ -85,13 +85,48 @@ def _missing_of_gluon() -> Sequence[str]:
 
 
 SM_90 = ("sm_90",)
+# Head sizes of keys and values that the Hopper kernels have instances for.
+HOPPER_SIZES = ((64, 64), (128, 128), (192, 128), (256, 256))
 
 HOPPER = KernelProvider(
     name="hopper",
     summary="Gluon kernels for NVIDIA Hopper (sm_90); not proved on a GPU yet, so only where asked for by name",
     priority=20,
     capabilities=(
-        Capability("ragged_attention", SM_90, NUMBERS, NUMBERS, head_sizes=DENSE_SIZES, value_sizes=DENSE_SIZES),
+        Capability(
+            "mla_decode",
+            SM_90,
+            frozenset({"bfloat16"}),
+            frozenset({"bfloat16"}) | FLOAT8,
+            head_sizes=frozenset({576}),
+            value_sizes=frozenset({512}),
+            max_q_heads=128,
+            features=frozenset({"causal", "non_causal", "lse"}),
+        ),
+        Capability(
+            "mla_decode",
+            SM_90,
+            frozenset({"float16"}),
+            frozenset({"float16"}),
+            head_sizes=frozenset({576}),
+            value_sizes=frozenset({512}),
+            max_q_heads=128,
+            features=frozenset({"causal", "non_causal", "lse"}),
+        ),
+        # Queries, keys and values are of one dtype.
+        *(
+            Capability(
+                operation,
+                SM_90,
+                frozenset({dtype}),
+                frozenset({dtype}),
+                head_sizes=frozenset({head_size}),
+                value_sizes=frozenset({value_size}),
+            )
+            for operation in cast("tuple[Operation, ...]", ("paged_attention", "ragged_attention"))
+            for dtype in sorted(HALVES)
+            for head_size, value_size in HOPPER_SIZES
+        ),
         Capability("store_kv", SM_90, NUMBERS, NUMBERS | FLOAT8),
         Capability("store_mla_kv", SM_90, NUMBERS, NUMBERS | FLOAT8),
         Capability("merge", SM_90, NUMBERS),

@@ -7,22 +7,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from taut.common_kernels.portable import merge, ragged_attention, store_kv, store_mla_kv
+from taut.common_kernels.mla_decode import hopper_kernel as mla
+from taut.common_kernels.mla_decode.hopper_kernel import mla_decode
+from taut.common_kernels.paged_attention import hopper_kernel as paged
+from taut.common_kernels.paged_attention.hopper_kernel import paged_attention, ragged_attention
+from taut.common_kernels.portable import merge, store_kv, store_mla_kv
 from taut.common_kernels.reference import NoWorkspace
 
 if TYPE_CHECKING:
     from taut.common_kernels.kernels import Workspace
     from taut.common_kernels.problem import Problem
 
-__all__ = ["merge", "ragged_attention", "store_kv", "store_mla_kv", "workspace"]
+__all__ = ["merge", "mla_decode", "paged_attention", "ragged_attention", "store_kv", "store_mla_kv", "workspace"]
 
 
 def workspace(
-    problem: Problem,  # noqa: ARG001 - until an operation of its own needs one
-    max_rows: int,  # noqa: ARG001
-    max_tokens: int,  # noqa: ARG001
-    device: str,  # noqa: ARG001
-    table_path: str | None = None,  # noqa: ARG001
+    problem: Problem, max_rows: int, max_tokens: int, device: str, table_path: str | None = None
 ) -> Workspace:
     """See `Kernels.workspace`. `table_path` names a tile table to use instead of the built-in ones."""
+    if problem.operation == "mla_decode":
+        return mla.workspace(problem, max_rows, max_tokens, device, table_path)
+    if problem.operation == "paged_attention":
+        return paged.workspace(problem, max_rows, max_tokens, device, table_path, problem.left)
     return NoWorkspace()
