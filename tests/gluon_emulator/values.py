@@ -33,23 +33,25 @@ class Inferred:
 
 
 INFERRED = Inferred()
+# By the names of Triton's dtypes, which are faster to look up than the dtypes.
 HELD_AS = {
-    tl.int1: torch.bool,
-    tl.int8: torch.int8,
-    tl.int16: torch.int16,
-    tl.int32: torch.int32,
-    tl.int64: torch.int64,
-    tl.uint8: torch.int64,
-    tl.uint16: torch.int64,
-    tl.uint32: torch.int64,
-    tl.float8e5: torch.float8_e5m2,
-    tl.float8e4nv: torch.float8_e4m3fn,
-    tl.float16: torch.float16,
-    tl.bfloat16: torch.bfloat16,
-    tl.float32: torch.float32,
-    tl.float64: torch.float64,
+    "int1": torch.bool,
+    "int8": torch.int8,
+    "int16": torch.int16,
+    "int32": torch.int32,
+    "int64": torch.int64,
+    "uint8": torch.int64,
+    "uint16": torch.int64,
+    "uint32": torch.int64,
+    "fp8e5": torch.float8_e5m2,
+    "fp8e4nv": torch.float8_e4m3fn,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
 }
-UNSIGNED = {tl.uint8: 0xFF, tl.uint16: 0xFFFF, tl.uint32: 0xFFFFFFFF}
+UNSIGNED = {"uint8": 0xFF, "uint16": 0xFFFF, "uint32": 0xFFFFFFFF}
+LARGEST = {"fp8e4nv": 448.0, "fp8e5": 57344.0}
 OF_TORCH = {
     torch.bool: tl.int1,
     torch.int8: tl.int8,
@@ -65,7 +67,6 @@ OF_TORCH = {
     torch.float64: tl.float64,
 }
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-LARGEST = {tl.float8e4nv: 448.0, tl.float8e5: 57344.0}
 
 
 def itemsize(dtype: tl.dtype) -> int:
@@ -76,7 +77,7 @@ def itemsize(dtype: tl.dtype) -> int:
 def to_bits(numbers: Numbers, dtype: tl.dtype) -> Numbers:
     """Numbers as they lie in memory: integers of their own width."""
     width = BITS[itemsize(dtype)]
-    if dtype in UNSIGNED or dtype == tl.int1:
+    if dtype.name in UNSIGNED or dtype == tl.int1:
         return numbers.to(width)
     return numbers.contiguous().view(width)
 
@@ -85,15 +86,15 @@ def from_bits(bits: Numbers, dtype: tl.dtype) -> Numbers:
     """The reverse of `to_bits`."""
     if dtype == tl.int1:
         return bits != 0
-    if dtype in UNSIGNED:
-        return bits.to(torch.int64) & UNSIGNED[dtype]
-    return bits.contiguous().view(HELD_AS[dtype])
+    if dtype.name in UNSIGNED:
+        return bits.to(torch.int64) & UNSIGNED[dtype.name]
+    return bits.contiguous().view(HELD_AS[dtype.name])
 
 
 def cut(numbers: Numbers, dtype: tl.dtype) -> Numbers:
     """Numbers of a computation as `dtype` holds them."""
-    numbers = numbers.to(HELD_AS[dtype])
-    return numbers & UNSIGNED[dtype] if dtype in UNSIGNED else numbers
+    numbers = numbers.to(HELD_AS[dtype.name])
+    return numbers & UNSIGNED[dtype.name] if dtype.name in UNSIGNED else numbers
 
 
 def cast(numbers: Numbers, source: tl.dtype, target: tl.dtype) -> Numbers:
@@ -102,12 +103,12 @@ def cast(numbers: Numbers, source: tl.dtype, target: tl.dtype) -> Numbers:
         return numbers
     if target == tl.int1:
         return numbers != 0
-    if target in LARGEST:
+    if target.name in LARGEST:
         wide = numbers.to(torch.float32)
-        return wide.clamp(-LARGEST[target], LARGEST[target]).to(HELD_AS[target])
+        return wide.clamp(-LARGEST[target.name], LARGEST[target.name]).to(HELD_AS[target.name])
     if source.is_floating() and target.is_int():
         wide = numbers.to(torch.float64).nan_to_num(0.0).trunc()
-        low, high = (0, UNSIGNED[target]) if target in UNSIGNED else _range(target)
+        low, high = (0, UNSIGNED[target.name]) if target.name in UNSIGNED else _range(target)
         return cut(wide.clamp(low, high), target)
     return cut(numbers, target)
 
@@ -120,7 +121,7 @@ def _range(dtype: tl.dtype) -> tuple[int, int]:
 def undefined(shape: Sequence[int], dtype: tl.dtype) -> Numbers:
     """What stands where nothing has been written: NaN, and large integers."""
     if dtype.is_floating():
-        return torch.full(tuple(shape), math.nan).to(HELD_AS[dtype])
+        return torch.full(tuple(shape), math.nan).to(HELD_AS[dtype.name])
     if dtype == tl.int1:
         return torch.ones(tuple(shape), dtype=torch.bool)
     return cut(torch.full(tuple(shape), 0x7B7B7B7B7B7B7B7B, dtype=torch.int64), dtype)
@@ -180,8 +181,10 @@ class GlobalMemory:
         """
         size = itemsize(dtype)
         elements = offsets // self.itemsize
-        inside = (elements >= 0) & (elements < len(self.own)) & (offsets % size == 0)
-        inside &= self.own[torch.where(inside, elements, 0)] if len(self.own) else inside
+        near = elements.clamp(0, max(0, len(self.own) - 1))
+        inside = (near == elements) & self.own[near] if len(self.own) else torch.zeros_like(near, dtype=torch.bool)
+        if size != self.itemsize:
+            inside &= offsets % size == 0
         outside = ~inside if live is None else live & ~inside
         if outside.any():
             wrong = int(offsets[outside].flatten()[0]) if offsets.dim() else int(offsets)
@@ -190,8 +193,9 @@ class GlobalMemory:
                 f"{int(outside.sum())} of {outside.numel()} elements, the first of them "
                 f"{(wrong - self.start) / self.itemsize:g} elements from its beginning"
             )
+        places = near if size == self.itemsize else offsets // size
         whole = len(self.bytes) // size * size
-        return self.bytes[:whole].view(BITS[size]), torch.where(inside, offsets // size, 0)
+        return self.bytes[:whole].view(BITS[size]), torch.where(inside, places, 0)
 
     def load(self, offsets: Numbers, dtype: tl.dtype, live: Numbers | None = None) -> Numbers:
         """Numbers at byte offsets; undefined where not live."""
@@ -431,11 +435,15 @@ def to_tensor(value: Any, dtype: tl.dtype | None = None) -> Tensor:
     if not isinstance(value, (bool, int, float)):
         raise EmulationError(f"{value!r} of type {type(value).__name__} is no tensor and no number")
     dtype = dtype or dtype_of_number(value)
-    if dtype in UNSIGNED or dtype.is_int():
-        held = torch.tensor(int(value), dtype=torch.int64)
-    else:
-        held = torch.tensor(float(value), dtype=torch.float64)
-    return Tensor(cast(held, tl.float64 if dtype.is_floating() else tl.int64, dtype), dtype)
+    return Tensor(_held(value, dtype.name), dtype)
+
+
+@lru_cache(maxsize=4096, typed=True)
+def _held(value: float, name: str) -> Numbers:
+    dtype = tl.dtype(name)
+    if dtype.is_floating():
+        return cast(torch.tensor(float(value), dtype=torch.float64), tl.float64, dtype)
+    return cast(torch.tensor(int(value), dtype=torch.int64), tl.int64, dtype)
 
 
 def common_dtype(a: Any, b: Any, division: bool = False) -> tl.dtype:
@@ -447,7 +455,7 @@ def common_dtype(a: Any, b: Any, division: bool = False) -> tl.dtype:
             types = [tensor, tensor]
             value = b if isinstance(a, Tensor) else a
             if tensor.is_int() and tensor != tl.int1:
-                low, high = (0, UNSIGNED[tensor]) if tensor in UNSIGNED else _range(tensor)
+                low, high = (0, UNSIGNED[tensor.name]) if tensor.name in UNSIGNED else _range(tensor)
                 if not low <= value <= high:
                     raise EmulationError(f"{value} does not fit into {tensor}")
     return _promoted(types[0].name, types[1].name, division)
@@ -481,20 +489,21 @@ def operands(a: Any, b: Any, dtype: tl.dtype) -> tuple[Numbers, Numbers, Any]:
     x, y = to_tensor(a), to_tensor(b)
     if x.memory is not None or y.memory is not None:
         raise EmulationError("a pointer cannot be computed with like a number")
-    if x.shape and y.shape and len(x.shape) != len(y.shape):
+    first, second = cast(x.data, x.dtype, dtype), cast(y.data, y.dtype, dtype)
+    if not (first.dim() and second.dim()):
+        return first, second, x.layout or y.layout
+    if first.dim() != second.dim():
         raise EmulationError(f"ranks differ: {x.shape} and {y.shape}")
-    layout = agree(x.layout, y.layout)
-    numbers = cast(x.data, x.dtype, dtype), cast(y.data, y.dtype, dtype)
-    for one, other in zip(numbers[0].shape, numbers[1].shape, strict=False):
+    for one, other in zip(first.shape, second.shape, strict=True):
         if one != other and 1 not in (one, other):
             raise EmulationError(f"shapes differ: {x.shape} and {y.shape}")
-    return *numbers, layout
+    return first, second, agree(x.layout, y.layout)
 
 
 def arithmetic(operation: Callable[..., Numbers], a: Any, b: Any) -> Tensor:
     """A sum, difference, product or the like."""
     dtype = common_dtype(a, b)
-    if dtype in LARGEST:
+    if dtype.name in LARGEST:
         raise EmulationError(f"there is no arithmetic on {dtype}")
     x, y, layout = operands(a, b, dtype)
     return Tensor(cut(operation(x, y), dtype), dtype, layout)
