@@ -33,6 +33,7 @@ from taut.common_kernels.paged_attention.hopper_ring import (
     make_barriers,
 )
 from taut.common_kernels.paged_attention.hopper_softmax import (
+    LN2,
     LOG2E,
     LOWEST,
     add_sinks,
@@ -192,6 +193,41 @@ def load_queries(
 
 
 @gluon.jit
+def mix_partials(
+    partials: gl.tensor,
+    partial_lses: gl.tensor,
+    first_partial: gl.tensor,
+    splits: gl.tensor,
+    queries: gl.tensor,  # [ROWS] of the item
+    heads: gl.tensor,  # [ROWS]
+    here: gl.tensor,  # [ROWS]
+    columns: gl.tensor,  # [V]
+    Q_HEADS: gl.constexpr,
+    QUERIES: gl.constexpr,
+    VALUE_SIZE: gl.constexpr,
+) -> gl.tensor:
+    """The output [ROWS, V] float32 and the LSEs [ROWS] of an item that is split; few partials, one after another."""
+    places = (first_partial.to(gl.int64) * QUERIES + queries) * Q_HEADS + heads
+    top = gl.load(partial_lses + places, mask=here, other=0.0) * LOG2E
+    mixed = gl.load((partials + places * VALUE_SIZE)[:, None] + columns[None, :], mask=here[:, None], other=0.0)
+    total = gl.where(top > float("-inf"), 1.0, 0.0)
+    for _ in range(1, splits):
+        places += QUERIES * Q_HEADS
+        score = gl.load(partial_lses + places, mask=here, other=0.0) * LOG2E
+        numbers = gl.load((partials + places * VALUE_SIZE)[:, None] + columns[None, :], mask=here[:, None], other=0.0)
+        new_top = gl.maximum(top, score)
+        base = gl.where(new_top == float("-inf"), 0.0, new_top)
+        decay = gl.exp2(top - base)
+        weight = gl.exp2(score - base)
+        mixed = mixed * decay[:, None] + numbers * weight[:, None]
+        total = total * decay + weight
+        top = new_top
+    seen = total > 0.0
+    safe = gl.where(seen, total, 1.0)
+    return mixed / safe[:, None], gl.where(seen, (top + gl.log2(safe)) * LN2, float("-inf"))
+
+
+@gluon.jit
 def attend_part(
     q_smem: gl.shared_memory_descriptor,  # [ROWS, HEAD_MAIN] shared memory
     q_tail_smem: gl.shared_memory_descriptor,
@@ -208,6 +244,7 @@ def attend_part(
     lse: gl.tensor,
     partials: gl.tensor,
     partial_lses: gl.tensor,
+    arrivals: gl.tensor,
     sinks: gl.tensor,
     slopes: gl.tensor,
     items: gl.tensor,
@@ -372,6 +409,27 @@ def attend_part(
             gl.store(rows_of_partial[:, None] + wide_columns[None, :], result, mask=wide_here[:, None])
             places = (partial * QUERIES + lane_query) * Q_HEADS + heads
             gl.store(partial_lses + places, lse_of(total, top), mask=here)
+            if arrivals is not None:
+                thread_barrier()  # all threads' stores before the count
+                arrived = arrivals + item * gl.num_programs(0) + gl.program_id(0)
+                if gl.atomic_add(arrived, 1, sem="acq_rel") == splits - 1:
+                    gl.store(arrived, 0)
+                    mixed, mixed_lse = mix_partials(
+                        partials, partial_lses, first_partial, splits, wide_query, wide_heads, wide_here, wide_columns,
+                        Q_HEADS, QUERIES, HEAD_MAIN,
+                    )  # fmt: skip
+                    merged_rows = (
+                        out + (first_query + wide_query).to(gl.int64) * out_token_stride + wide_heads * out_head_stride
+                    )
+                    numbers = mixed.to(out.dtype.element_ty)
+                    gl.store(merged_rows[:, None] + wide_columns[None, :], numbers, mask=wide_here[:, None])
+                    if lse is not None:
+                        merged_lses = (
+                            lse
+                            + (first_query + wide_query).to(gl.int64) * lse_token_stride
+                            + wide_heads * lse_head_stride
+                        )
+                        gl.store(merged_lses, mixed_lse, mask=wide_here)
         else:
             out_rows = out + (first_query + wide_query).to(gl.int64) * out_token_stride + wide_heads * out_head_stride
             numbers = result.to(out.dtype.element_ty)
@@ -432,6 +490,7 @@ def decode_kernel(
     lse: gl.tensor,  # [T, Hq] or None
     partials: gl.tensor,  # [partials, QUERIES, Hq, V] float32
     partial_lses: gl.tensor,  # [partials, QUERIES, Hq] float32
+    arrivals: gl.tensor,  # [items, head blocks] int32, zeros before and after, or None where `merge_items` follows
     sinks: gl.tensor,  # [Hq] or None
     slopes: gl.tensor,  # [Hq] or None
     items: gl.tensor,  # the schedule
@@ -525,8 +584,8 @@ def decode_kernel(
         [
             (attend_part, (
                 q_smem, q_tail_smem, p_smem, k_ring, k_tail_ring, v_ring, k_full, k_free, v_full, v_free, query, out,
-                lse, partials, partial_lses, sinks, slopes, items, parts, part, kv_head, first_group_head, score_scale,
-                cap, left, right, query_token_stride, query_head_stride, out_token_stride, out_head_stride,
+                lse, partials, partial_lses, arrivals, sinks, slopes, items, parts, part, kv_head, first_group_head,
+                score_scale, cap, left, right, query_token_stride, query_head_stride, out_token_stride, out_head_stride,
                 lse_token_stride, lse_head_stride, Q_HEADS, GROUP, PACK, QUERIES, OVERLAPPED, CAUSAL, HAS_LEFT,
                 HAS_RIGHT, HAS_SOFT_CAP, BOX, ROWS, BLOCK_N, TILE, HEAD_MAIN, HEAD_TAIL, STAGES,
             )),

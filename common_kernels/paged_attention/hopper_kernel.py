@@ -161,6 +161,8 @@ def decode(
     box = box_of(pages.page_size, tile["keys"])
     head_main, head_tail = halves(query.shape[2])
     dependent = device_facts(str(query.device)).dependent_launch
+    merged_by_last = 2 * workspace.items > schedule.shape.parts and workspace.arrivals is not None
+    overlapped = dependent and not merged_by_last
     decode_kernel[(kv_heads * triton.cdiv(group, workspace.pack), schedule.shape.parts)](
         query,
         boxes_of(key_cache, box) if box else key_cache,
@@ -169,6 +171,7 @@ def decode(
         lse,
         scratch.partials,
         scratch.lses,
+        workspace.arrivals if merged_by_last else None,
         sinks,
         alibi_slopes,
         schedule.items,
@@ -194,7 +197,7 @@ def decode(
         PACK=workspace.pack,
         QUERIES=schedule.shape.block,
         DEPENDENT=dependent,
-        OVERLAPPED=dependent,
+        OVERLAPPED=overlapped,
         PADDING=padding,
         CAUSAL=mask.causal,
         HAS_LEFT=mask.left >= 0,
@@ -213,7 +216,8 @@ def decode(
         maxnreg=min(MOST_REGISTERS, REGISTERS // (DECODE_THREADS * tile["programs"])),
         **launch_options(dependent),
     )
-    merge_items(workspace, out, lse, schedule.shape.block * q_heads, dependent)
+    if not merged_by_last:
+        merge_items(workspace, out, lse, schedule.shape.block * q_heads, overlapped)
 
 
 def ragged_attention(
