@@ -271,6 +271,8 @@ def _show(run: Run, judged: Summary, console: Console) -> None:
             "The reference kernels serve, plain torch: right on every device, and no measure of what a GPU runs.",
             style="yellow",
         )
+    if padded := [step.padded for step in run.steps if step.kind == judged.phase and step.padded]:
+        console.print(f"Rows of a step that are padding: {max(padded)}", highlight=False)
     if run.held is not None:
         console.print(f"The backend's objects hold {_bytes(run.held)} from step to step.", highlight=False)
     _show_findings(judged, console)

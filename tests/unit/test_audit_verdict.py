@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from taut.audit.operations import KINDS
 from taut.audit.page import page
 from taut.audit.records import Device, Event, Kernel, Layer, Padding, Place, Run, Scope, Step
-from taut.audit.verdict import JUDGED, WASTE, busiest, failures, summary
+from taut.audit.verdict import ADVICE, JUDGED, WASTE, Finding, Summary, busiest, failures, summary
 from taut.cli.audit import report_of
 
 LAYERS = ("layers.0", "layers.1", "layers.2")
@@ -183,3 +185,14 @@ def test_the_page_is_whole_and_needs_nothing_else() -> None:
     assert "/models" not in html
     assert "fails: fills: 3 a decode step" in html
     assert [("scopes" in step) for step in report["runs"][0]["steps"]] == [True, False, True]  # the last of each kind
+
+
+@pytest.mark.parametrize("record", [Run, Step, Scope, Event, Finding, Summary, Padding, Device, Place])
+def test_every_field_of_the_json_is_documented(record: Any) -> None:
+    described = (Path(__file__).resolve().parents[2] / "docs" / "audit.md").read_text()
+    assert [item.name for item in dataclasses.fields(record) if f"`{item.name}`" not in described] == []
+
+
+def test_every_kind_is_documented() -> None:
+    described = (Path(__file__).resolve().parents[2] / "docs" / "audit.md").read_text()
+    assert [kind for kind in (*KINDS, *ADVICE) if f"`{kind}`" not in described] == []
