@@ -29,4 +29,4 @@ def workspace(
         return mla.workspace(problem, max_rows, max_tokens, device, table_path)
     if problem.operation == "paged_attention":
         return paged.workspace(problem, max_rows, max_tokens, device, table_path, problem.left)
-    return NoWorkspace()
+    return NoWorkspace(table_path)

@@ -20,6 +20,7 @@ from taut.common_kernels.paged_attention.hopper_decode import decode_kernel
 from taut.common_kernels.paged_attention.hopper_prefill import prefill_kernel
 from taut.common_kernels.paged_attention.hopper_ring import COLUMNS_OF_BOX
 from taut.common_kernels.paged_attention.triton_kernel import halves, tile_facts
+from taut.common_kernels.reference import NoWorkspace
 from taut.common_kernels.schedule.triton_kernel import launch_options
 from taut.common_kernels.tiles import table_for
 from taut.common_kernels.workspace import device_facts
@@ -237,7 +238,7 @@ def ragged_attention(
     alibi_slopes: Tensor | None = None,
     workspace: Workspace | None = None,
 ) -> None:
-    """See `Kernels.ragged_attention`. Needs no workspace.
+    """See `Kernels.ragged_attention`. Needs no workspace; the one it is given may name a tile table.
 
     Keys that the copy engine cannot be pointed at (an odd stride, none at all) are left to the kernel of `triton`.
     """
@@ -269,7 +270,7 @@ def ragged_attention(
         key_starts,
         mask,
         out,
-        prefill_tile(query, key, value, None),
+        prefill_tile(query, key, value, workspace.table_path if isinstance(workspace, NoWorkspace) else None),
         scale=scale,
         lse=lse,
         sinks=sinks,
