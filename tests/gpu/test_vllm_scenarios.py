@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("vllm", reason="needs vLLM beside a GPU")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
-from integration.engine import MODEL  # noqa: E402
+from integration.engine import MODEL
 
-from benchmarks.engines import MODELS  # noqa: E402
-from gpu.vllm_runs import Asked, Scale, Verdict, figures, judge  # noqa: E402
+from gpu.vllm_runs import Asked, Scale, Verdict, figures, judge, made_up
+from taut.benchmarks.models import MODELS
 
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 COMPILED = re.compile(r"during inference: (\S+?)[.( ]")
@@ -35,17 +33,6 @@ SCALE = Scale(
 )  # fmt: skip
 # Waits and compilations that are found end the run; its log-probabilities of prompts would wait by themselves.
 STRICT = Asked("on", environment={"VLLM_GPU_SYNC_CHECK": "error"}, score=False)
-
-
-def made_up(folder: Path, shape: dict[str, Any]) -> Path:
-    """A model of this shape with random weights large enough that attention decides what comes out."""
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(**shape, initializer_range=0.03)
-    with torch.device("cuda"):
-        network = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    network.save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(shape))
-    return folder
 
 
 @pytest.fixture(scope="module", params=["smollm2", "llama", "deepseek"])

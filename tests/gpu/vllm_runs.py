@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from taut.cli.demo import Run, run_engine
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
 AT_ONCE = 6  # processes that share the GPU
@@ -56,6 +56,20 @@ class Scale:
         lengths = [numbers.randrange(1, self.longest - self.shared) for _ in range(self.requests)]
         prompts = [[numbers.randrange(5, self.vocabulary) for _ in range(length)] for length in lengths]
         return [beginning + prompt if i % 3 == 0 else prompt for i, prompt in enumerate(prompts)]
+
+
+def made_up(folder: Path, shape: dict[str, Any]) -> Path:
+    """A model of this shape with random weights large enough that attention decides what comes out."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(**shape, initializer_range=0.03)
+    with torch.device("cuda"):
+        network = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    network.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(shape))
+    return folder
 
 
 @dataclass(frozen=True)
@@ -106,8 +120,15 @@ class Verdict:
     decode: float
 
 
-def judge(model: Path, asked: dict[str, Asked], scale: Scale) -> dict[str, Verdict]:
-    """Make all runs of a model, then let vLLM's own attention judge them, all in one run."""
+def judge(model: Path, asked: dict[str, Asked], scale: Scale, run: Callable[..., Run] = run) -> dict[str, Verdict]:
+    """Make all runs of a model, then let the engine's own attention judge them, all in one run.
+
+    Args:
+        model: its folder.
+        asked: the runs by name.
+        scale: how much is asked of each.
+        run: makes one of them; vLLM's, unless another engine is to be judged.
+    """
     prompts = scale.prompts()
     with ThreadPoolExecutor(AT_ONCE) as pool:
         waiting = {

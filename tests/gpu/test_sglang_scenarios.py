@@ -1,0 +1,130 @@
+"""SGLang on a GPU through our attention, everything at once, judged by its own `triton` (see `vllm_runs`)."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+pytest.importorskip("sglang", reason="needs SGLang beside a GPU")
+pytest.importorskip("transformers")
+
+from integration.engine import MODEL
+
+from gpu.vllm_runs import Asked, Scale, Verdict, figures, judge, made_up
+from taut.benchmarks.models import MODELS
+from taut.cli.demo import EngineFailedError, Run, run_engine
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# A cache that is too small for them all, so that some are retracted; prompts are cut into chunks.
+SCALE = Scale(
+    requests=200, longest=1500, shared=300, tokens=64, judged=24, vocabulary=31999,
+    engine={
+        "max_total_tokens": 24_000, "max_running_requests": 200, "chunked_prefill_size": 2048,
+        "schedule_conservativeness": 0.1, "mem_fraction_static": 0.8, "cuda_graph_max_bs": 200,
+    },
+)  # fmt: skip
+RETRACTED = "KV cache pool is full. Retract"
+
+
+def run(model: Path, asked: Asked, scale: Scale, prompts: list[list[int]], tokens: int, score: int) -> Run:
+    """One run of SGLang; stock is `triton`."""
+    usual: dict[str, Any] = {
+        "dtype": "bfloat16", "skip_tokenizer_init": True, "context_length": 2 * scale.longest,
+        "sampling_backend": "pytorch", "log_level": "info", "skip_server_warmup": True,
+    }  # fmt: skip
+    stock = {"attention_backend": "triton"} if asked.attention == "off" else {}
+    request = {
+        "model": str(model),
+        "prompt_ids": prompts,
+        "tokens": tokens,
+        "score": score,
+        "engine": usual | scale.engine | stock | asked.engine,
+    }
+    environment = {"TAUT_LOG": "debug"} | asked.environment
+    return run_engine(request, asked.attention, environment, "taut.cli.generate_sglang")
+
+
+@pytest.fixture(scope="module", params=["smollm2", "llama", "deepseek"])
+def verdicts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Verdict]:
+    """All runs of one model, judged; CUDA graphs on but for one."""
+    name = request.param
+    if name == "smollm2":
+        if not (MODEL / "config.json").exists():
+            pytest.skip("needs the small real model: make model")
+        model = MODEL
+    else:
+        model = made_up(tmp_path_factory.mktemp(name), MODELS[name])
+    fp8 = {"kv_cache_dtype": "fp8_e4m3"}
+    asked = {
+        "stock": Asked("off"),
+        "taut": Asked("on"),
+        "taut, own flag": Asked(None, {"attention_backend": "taut"}, score=False),
+        "taut, eager": Asked("auto", {"disable_cuda_graph": True, "disable_overlap_schedule": True}, score=False),
+        "stock, fp8": Asked("off", fp8),
+        "taut, fp8": Asked("on", fp8),
+    }
+    if name == "smollm2":  # the same model drafts for itself: nearly every draft is accepted
+        drafts = {
+            "speculative_algorithm": "STANDALONE", "speculative_draft_model_path": str(model),
+            "speculative_num_steps": 3, "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 4,
+            "speculative_draft_attention_backend": "triton",
+        }  # fmt: skip
+        asked["taut, drafts"] = Asked("on", drafts, score=False)
+    if torch.cuda.device_count() > 1:
+        asked["taut, two GPUs"] = Asked("on", {"tp_size": 2})
+    found = judge(model, asked, SCALE, run)
+    print(name, figures(found))  # noqa: T201 - for whoever runs this with -s
+    return found
+
+
+def test_who_served(verdicts: dict[str, Verdict]) -> None:
+    for name, verdict in verdicts.items():
+        assert bool(verdict.run.proof) == name.startswith("taut"), name
+
+
+def test_everything_happened(verdicts: dict[str, Verdict]) -> None:
+    """Rows were retracted, beginnings were found in the cache, and every request got all its tokens."""
+    for name, verdict in verdicts.items():
+        result = verdict.run.result
+        assert RETRACTED in verdict.run.log, name
+        assert sum(result["cached_tokens"]) > 0, name
+        assert [len(tokens) for tokens in result["token_ids"]] == [SCALE.tokens] * SCALE.requests, name
+
+
+def test_prompts_as_near_as_a_narrower_cache(verdicts: dict[str, Verdict]) -> None:
+    """The judge is the stock run once more: what it differs from itself by is the noise of other batches."""
+    for name, verdict in verdicts.items():
+        if name.startswith("taut") and verdict.prefill == verdict.prefill:
+            stock = verdicts["stock, fp8" if "fp8" in name else "stock"].prefill
+            assert verdict.prefill <= 1.5 * stock + 5e-3, name
+
+
+def test_generated_tokens_as_near_as_stock(verdicts: dict[str, Verdict]) -> None:
+    for name, verdict in verdicts.items():
+        if name.startswith("taut"):
+            stock = verdicts["stock, fp8" if "fp8" in name else "stock"].decode
+            assert verdict.decode <= 2 * stock + 1e-2, name
+
+
+def test_trees_of_drafts_stop_the_server_by_name(tmp_path: Path) -> None:
+    model = made_up(tmp_path, MODELS["llama"])
+    asked = Asked("on", {"speculative_algorithm": "NGRAM", "speculative_num_draft_tokens": 4})
+    with pytest.raises(EngineFailedError, match="verifies trees"):
+        run(model, asked, SCALE, [[5, 6, 7]], 2, 0)
+
+
+@pytest.mark.parametrize("shape", ["llama", "deepseek"])
+def test_as_many_tokens_fit_the_pool_as_with_triton(shape: str, tmp_path: Path) -> None:
+    model = made_up(tmp_path, MODELS[shape])
+    room = {
+        name: run(model, Asked(name, {"max_total_tokens": None}), SCALE, [[5, 6, 7]], 2, 0).log
+        for name in ("off", "on")
+    }
+    fits = {name: max(int(n) for n in re.findall(r"max_total_num_tokens=(\d+)", log)) for name, log in room.items()}
+    print(shape, fits)  # noqa: T201 - for whoever runs this with -s
+    assert fits["on"] >= fits["off"]
