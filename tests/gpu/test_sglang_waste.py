@@ -18,7 +18,7 @@ OPTIONS = {"mem_fraction_static": 0.6, "dtype": "bfloat16", "context_length": 40
 
 @pytest.mark.parametrize("shape", ["llama", "deepseek"])
 def test_a_decode_step_wastes_nothing(shape: str, tmp_path: Path) -> None:
-    """SGLang offers no tensor for a decode step's output: each layer has one made, and a graph keeps it in its memory."""
+    """SGLang offers no tensor for a decode step's output: each layer has one made, which a graph keeps as its own."""
     (run,) = audited("sglang", shape, tmp_path, OPTIONS, "--backend", "taut")["runs"]
     layers, found, totals = LAYERS[shape], observed(run), run["summary"]["totals"]
     for kind in WASTE:
