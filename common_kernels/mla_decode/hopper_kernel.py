@@ -52,8 +52,6 @@ and `gather_registers` where threads bring them (these have what remains of 504)
 there.
 """
 
-# ruff: noqa: N803 - what a kernel is compiled for is written in capitals
-
 from __future__ import annotations
 
 import math
@@ -343,16 +341,16 @@ def _bring_by_threads(
                 slot = n % STAGES
                 phase = (n // STAGES) & 1
                 if QUANTISED:
-                    bits = gl.load(here + column)
+                    left_bits = gl.load(here + column)  # all of the tile's bytes are asked for before any is stored
+                    right_bits = gl.load(here + (column + HALF))
+                    rope_bits = gl.load(here + rope_column)
                     mbarrier.wait(free_left.index(slot), phase ^ 1)
-                    left.index(slot).store(to_bfloat16(bits))
+                    left.index(slot).store(to_bfloat16(left_bits))
                     fence_async_shared()
                     thread_barrier()
                     mbarrier.arrive(full_left.index(slot), count=1)
-                    bits = gl.load(here + (column + HALF))
-                    rope_bits = gl.load(here + rope_column)
                     mbarrier.wait(free_right.index(slot), phase ^ 1)
-                    right.index(slot).store(to_bfloat16(bits))
+                    right.index(slot).store(to_bfloat16(right_bits))
                     rope.index(slot).store(to_bfloat16(rope_bits))
                     fence_async_shared()
                     thread_barrier()

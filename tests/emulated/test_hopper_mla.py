@@ -1,0 +1,90 @@
+"""`mla_decode` of the provider `hopper`, emulated: ragged, poisoned batches under seeds that try to break its barriers.
+
+SEEDS=20 tries every case under so many.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import gluon_emulator
+import pytest
+import torch
+import triton.language as tl
+from cases import MlaCase, assert_close, build_mla
+from gluon_emulator.values import Tensor
+
+from taut.common_kernels import hopper
+from taut.common_kernels import workspace as workspaces
+from taut.common_kernels.mla_decode import hopper_kernel, triton_kernel
+from taut.common_kernels.workspace import DeviceFacts
+
+
+class Facts(DeviceFacts):
+    """A Hopper GPU with few multiprocessors, for splits, on which nothing is launched ahead of time."""
+
+    dependent_launch = False  # type: ignore[assignment]
+
+
+FACTS = Facts("sm_90", 232_448, 3)
+
+
+@pytest.fixture(autouse=True)
+def _hopper_of_few_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (hopper_kernel, triton_kernel, workspaces):
+        monkeypatch.setattr(module, "device_facts", lambda _: FACTS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _assembly() -> None:
+    """What the kernel has in assembly, in Python."""
+
+    def to_bfloat16(bits: Tensor) -> Tensor:
+        numbers = bits.data.to(torch.uint8).view(torch.float8_e4m3fn).to(torch.bfloat16)
+        return Tensor(numbers, tl.bfloat16, bits.layout)
+
+    gluon_emulator.replace("to_bfloat16", to_bfloat16)
+    gluon_emulator.replace("anew", lambda number: number)
+
+
+RAGGED: dict[str, Any] = {"lengths": (300, 3, 0, 64, 129), "queries": (1, 1, 1, 1, 1), "padded_rows": 1}
+SEVERAL: dict[str, Any] = {"lengths": (200, 5, 65, 0), "queries": (3, 4, 1, 2), "padded_queries": 2, "indirect": True}
+CASES: dict[str, MlaCase] = {
+    "64 rows, boxes": MlaCase(q_heads=128, page_size=64, **RAGGED),
+    "64 rows, boxes, several queries": MlaCase(q_heads=16, page_size=128, **SEVERAL),
+    "64 rows, gathered": MlaCase(q_heads=64, page_size=16, strided_query=True, **RAGGED),
+    "64 rows, gathered, seeing both ways": MlaCase(q_heads=40, page_size=1, causal=False, **SEVERAL),
+    "64 rows, float8": MlaCase(q_heads=128, page_size=64, cache_dtype="float8_e4m3fn", scales="tensor", **RAGGED),
+    "8 rows, boxes": MlaCase(q_heads=8, page_size=64, layout="padded", **RAGGED),
+    "16 rows, boxes": MlaCase(q_heads=16, page_size=128, **RAGGED),
+    "16 rows, gathered, several queries": MlaCase(q_heads=4, page_size=1, strided_query=True, **SEVERAL),
+    "16 rows, float8": MlaCase(q_heads=12, page_size=16, cache_dtype="float8_e4m3fn", scales="tensor", **RAGGED),
+    "32 rows, boxes, several queries": MlaCase(q_heads=8, page_size=64, **SEVERAL),
+    "nobody has keys": MlaCase(q_heads=64, lengths=(0, 0), queries=(1, 2), page_size=64),
+}
+
+
+def run(case: str, seed: int) -> None:
+    """One case under one seed, of its numbers and of what the emulator does in which order."""
+    inputs = build_mla(replace(CASES[case], latent=512, rope=64, dtype="bfloat16", seed=seed))
+    with gluon_emulator.seeded(seed):
+        assert_close(inputs.run(hopper), inputs.expected(), "bfloat16")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_contract(case: str) -> None:
+    for seed in range(int(os.environ.get("SEEDS", "1"))):
+        run(case, seed)
+
+
+@pytest.mark.parametrize("case", ["64 rows, boxes", "16 rows, boxes"])
+def test_values_past_the_end_must_be_cleared(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """The poison would be seen: the cases reach what they are made for."""
+    gluon_emulator.replace("_clear_past", lambda *_: None)
+    try:
+        with pytest.raises(AssertionError):
+            run(case, 0)
+    finally:
+        gluon_emulator.jit.Settings.replaced.pop("_clear_past")
