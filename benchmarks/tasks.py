@@ -163,10 +163,15 @@ class Ragged(Task):
             frozenset({"causal"}),
         )  # fmt: skip
 
+    def workspace(self, kernels: Kernels, table_path: str | None = None) -> Workspace:
+        """It has no schedule, but names the tile table."""
+        rows, tokens = self.shape["rows"], len(self.query)
+        return kernels.workspace(self.problem, rows, tokens, self.device, table_path)
+
     def _run(self, kernels: Kernels, workspace: Workspace | None) -> None:
         kernels.ragged_attention(
             self.query, self.keys, self.values, self.query_starts, self.key_starts, Mask(), self.out,
-            scale=self.scale, max_query=self.shape["queries"], max_length=self.shape["context"],
+            scale=self.scale, max_query=self.shape["queries"], max_length=self.shape["context"], workspace=workspace,
         )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import typer
 
 import taut
 from taut.benchmarks import BenchmarkError
-from taut.cli import UserError, audit, bench, demo, doctor
+from taut.cli import UserError, audit, bench, demo, doctor, tune
 from taut.common_kernels.providers import ProviderError
 from taut.common_kernels.tiles import TileError
 from taut.engine_plugins.settings import SettingsError
@@ -23,6 +23,7 @@ app.command("audit")(audit.command)
 app.add_typer(bench.app, name="bench", no_args_is_help=True)
 app.command("demo")(demo.command)
 app.command("doctor")(doctor.command)
+app.command("tune")(tune.command)
 
 
 def _version(asked: bool) -> None:

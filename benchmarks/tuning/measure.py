@@ -1,0 +1,293 @@
+"""The timer of a tuning: each tile compiled in a process of its own, its numbers checked, then timed on the GPU.
+
+Compiling takes seconds and needs no GPU time, timing must be alone on the GPU: so other processes compile ahead,
+without a launch, into Triton's cache on the disk, and this one checks and times what they have found to fit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import math
+import multiprocessing
+import signal
+import tempfile
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from taut.benchmarks import BenchmarkError
+from taut.benchmarks.kernels import TOLERANCE
+from taut.benchmarks.tasks import TASKS, Paged, Task, relative_error
+from taut.benchmarks.timing import cache_bytes, copies_past_cache, microseconds
+from taut.benchmarks.tuning.search import Outcome
+from taut.benchmarks.tuning.writing import as_json, only
+from taut.common_kernels import portable, reference
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch import Tensor
+
+    from taut.benchmarks.operations import Shape
+    from taut.benchmarks.tasks import Call
+    from taut.benchmarks.tuning.problems import Tuned
+    from taut.common_kernels.kernels import Kernels
+    from taut.common_kernels.tiles import Tile, TileTable
+    from taut.common_kernels.workspace import DeviceFacts
+
+KERNELS = cast("Kernels", portable)  # whose tiles the tables tell
+OURS = "taut.common_kernels"
+# Every kernel that an operation with a tile launches, where it is looked up.
+LAUNCHED = (
+    (f"{OURS}.mla_decode.triton_kernel", "mla_decode_kernel"),
+    (f"{OURS}.paged_attention.triton_kernel", "decode_kernel"),
+    (f"{OURS}.paged_attention.triton_kernel", "prefill_kernel"),
+    (f"{OURS}.merge.triton_kernel", "merge_items_kernel"),
+    (f"{OURS}.schedule.triton_kernel", "schedule_kernel"),
+)
+ASKED = tuple(f"{OURS}.{name}" for name in ("workspace", "mla_decode.triton_kernel", "paged_attention.triton_kernel"))
+# Of the batch of the check. As many rows, and room for as many tokens, as divide by 16: Triton compiles for that.
+CHECKED_LENGTHS = (0, 1, 17, 640, 2500, 63, 4096, 16, 15, 0, 64, 1023, 33, 2, 3000, 128)
+CHECKED_TOKENS = 1000  # of each row where keys lie side by side
+SECONDS = 240  # that the compiler may take for one tile
+MILLISECONDS = 5  # of calls in one graph: many tiles are timed
+
+
+class MisfitError(RuntimeError):
+    """A kernel needs more shared memory than a program may use."""
+
+
+@dataclass
+class CompileOnly:
+    """Stands in for a jitted kernel: compiles what would be launched, and holds its shared memory against the limit.
+
+    Args:
+        kernel: the jitted kernel.
+        shared_memory: bytes that a program may use.
+    """
+
+    kernel: Any
+    shared_memory: int
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def compile_it(*arguments: Any, **named: Any) -> None:
+            compiled = self.kernel.warmup(*arguments, grid=grid, **named)
+            needs = compiled.metadata.shared
+            if needs > self.shared_memory:
+                raise MisfitError(f"needs {needs} bytes of shared memory, {self.shared_memory} are there")
+
+        return compile_it
+
+
+@contextmanager
+def compiling_only(facts: DeviceFacts) -> Iterator[None]:
+    """Within it our kernels are compiled for a device of these facts, and nothing is launched."""
+    with ExitStack() as undo:
+
+        def put(module: Any, name: str, value: Any) -> None:
+            undo.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, value)
+
+        for place, name in LAUNCHED:
+            module = importlib.import_module(place)
+            put(module, name, CompileOnly(getattr(module, name), facts.shared_memory))
+        for place in ASKED:
+            put(importlib.import_module(place), "device_facts", lambda _device: facts)
+        yield
+
+
+def compile_tile(job: tuple[str, tuple[Shape, ...], str, DeviceFacts]) -> Outcome:
+    """Compile everything that a tile needs at every shape, on tensors without memory: "timed" if all of it fits.
+
+    Args:
+        job: the operation, the shapes, a table with only this tile, and the facts of the device.
+    """
+    operation, shapes, table, facts = job
+    try:
+        with compiling_only(facts):
+            for shape in shapes:
+                task = TASKS[operation](shape, "meta")
+                task.call(KERNELS, task.workspace(KERNELS, table))()
+    except MisfitError as error:
+        return Outcome("does not fit", why=str(error))
+    except Exception as error:  # whatever the compiler says of an odd tile
+        return Outcome("failed", why=_in_a_line(error))
+    return Outcome("timed")
+
+
+def _leave_interruptions_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class Session:
+    """What the timers of all questions share; a context, whose end ends its processes and takes its files away.
+
+    Args:
+        base: today's table.
+        facts: of the device.
+        device: "cuda:0".
+        jobs: processes that compile; 0 to compile where it is timed.
+        time: microseconds of one of several calls that take turns.
+    """
+
+    def __init__(
+        self,
+        base: TileTable,
+        facts: DeviceFacts,
+        device: str,
+        jobs: int,
+        time: Callable[[Sequence[Call]], float] | None = None,
+    ) -> None:
+        self.base, self.facts, self.device, self.jobs = base, facts, device, jobs
+        self.time = time or (lambda calls: microseconds(calls, milliseconds=MILLISECONDS))
+        self._undo = ExitStack()
+
+    def __enter__(self) -> Callable[[Tuned], Measurer]:
+        self.folder = Path(self._undo.enter_context(tempfile.TemporaryDirectory()))
+        return lambda question: Measurer(question, self)
+
+    def __exit__(self, *_: object) -> None:
+        self._undo.close()
+
+    @cached_property
+    def pool(self) -> Any:
+        """The processes that compile, begun when they are first needed."""
+        context = multiprocessing.get_context("spawn")
+        return self._undo.enter_context(context.Pool(self.jobs, _leave_interruptions_to_the_parent))
+
+    def compiled(self, jobs: Sequence[tuple[str, tuple[Shape, ...], str, DeviceFacts]]) -> Iterator[Outcome]:
+        """What `compile_tile` says of each, in order, while the later ones are still compiled."""
+        if not self.jobs:
+            yield from (Outcome("timed") for _ in jobs)
+            return
+        for answer in [self.pool.apply_async(compile_tile, (job,)) for job in jobs]:
+            yield self._answer(answer)
+
+    def _answer(self, answer: Any) -> Outcome:
+        try:
+            return cast("Outcome", answer.get(SECONDS))
+        except multiprocessing.TimeoutError:  # or a compiler that ended its process
+            return Outcome("failed", why=f"the compiler gave no answer within {SECONDS} seconds")
+
+
+class Measurer:
+    """The timer of one question.
+
+    Args:
+        question: what is tuned.
+        session: where.
+    """
+
+    def __init__(self, question: Tuned, session: Session) -> None:
+        self.question, self.session = question, session
+        self._rows: dict[int, list[Task]] = {}
+        self._check: tuple[Task, Tensor] | None = None
+        self._broken = ""
+
+    def __call__(self, tiles: Sequence[Tile], limits: Sequence[float] | None) -> Iterator[Outcome]:
+        """The outcome of each tile, in order; see `search`."""
+        tables = [self._table(tile) for tile in tiles]
+        shapes = (*self.question.shapes, checked_shape(self.question))
+        jobs = [(self.question.operation, shapes, table, self.session.facts) for table in tables]
+        for table, fits in zip(tables, self.session.compiled(jobs), strict=True):
+            yield self._measure(table, limits) if fits.status == "timed" else fits
+
+    def _table(self, tile: Tile) -> str:
+        """A file that answers the question with this tile; each has a name of its own, since tables are remembered."""
+        text = as_json(only(self.session.base, self.question.table_operation, tile))
+        path = self.session.folder / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+        path.write_text(text)
+        return str(path)
+
+    def _measure(self, table: str, limits: Sequence[float] | None) -> Outcome:
+        from triton.runtime.errors import OutOfResources
+
+        if self._broken:
+            raise BenchmarkError(
+                f"the GPU takes no more work from this process after a tile that failed ({self._broken}): "
+                "run the same command again, it goes on after that tile"
+            )
+        try:
+            error = self._error(table)
+            if error > TOLERANCE:
+                return Outcome("wrong", why=f"relative error {error:.2g} against the reference")
+            us: list[float] = []
+            for number in range(len(self.question.shapes)):
+                us.append(self.session.time(self._calls(number, table)))
+                if limits is not None and us[-1] > limits[number]:
+                    return Outcome("slower", tuple(us))
+            return Outcome("timed", tuple(us))
+        except OutOfResources as misfit:
+            return Outcome("does not fit", why=_in_a_line(misfit))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as failed:  # what an odd tile makes of a kernel
+            self._broken = self._still_works()
+            return Outcome("failed", why=_in_a_line(failed))
+
+    def _still_works(self) -> str:
+        """Why the device takes no more work from this process; "" if it does."""
+        try:
+            if self.session.device != "cpu":
+                torch.cuda.synchronize()
+        except RuntimeError as error:
+            return _in_a_line(error)
+        return ""
+
+    def _calls(self, number: int, table: str) -> list[Call]:
+        """One call for each set of tensors of a shape; more sets than the L2 cache holds."""
+        if number not in self._rows:
+            shape = self.question.shapes[number]
+            make = TASKS[self.question.operation]
+            first = make(shape, self.session.device)
+            held = sum(t.nbytes for t in vars(first).values() if isinstance(t, torch.Tensor))
+            copies = copies_past_cache(held, cache_bytes()) if self.session.device != "cpu" else 1
+            self._rows[number] = [first, *(make(shape, self.session.device) for _ in range(copies - 1))]
+        tasks = self._rows[number]
+        workspace = tasks[0].workspace(KERNELS, table)  # all of them have the same lengths
+        return [task.call(KERNELS, workspace) for task in tasks]
+
+    def _error(self, table: str) -> float:
+        """The relative error on a ragged batch whose unused slots are poison."""
+        if self._check is None:
+            task = checked_task(self.question, self.session.device)
+            kernels = cast("Kernels", reference)
+            self._check = task, task.result(task.call(kernels, task.workspace(kernels)))
+        task, right = self._check
+        return relative_error(task.result(task.call(KERNELS, task.workspace(KERNELS, table))), right)
+
+
+def checked_shape(question: Tuned) -> Shape:
+    """The shape of the batch of the check; prefill has more new tokens than decode would take."""
+    shape = {**question.shapes[0], "rows": len(CHECKED_LENGTHS), "context": max(CHECKED_LENGTHS)}
+    if question.operation == "ragged_prefill":  # all rows alike, for keys that lie side by side have no page table
+        return shape | {"queries": 40, "context": CHECKED_TOKENS}
+    return shape | ({"queries": 40} if question.operation == "paged_extend" else {})
+
+
+def checked_task(question: Tuned, device: str) -> Task:
+    """A small batch for the check: rows of no token, of one, across pages; NaN in every slot that is not in use."""
+    shape = checked_shape(question)
+    task = TASKS[question.operation](shape, device)
+    if task.step is None:  # keys that lie side by side are all in use
+        return task
+    task.step.lengths.copy_(torch.tensor(CHECKED_LENGTHS))
+    pages, page = task.step.pages.table, shape["page"]
+    caches = [task.keys, task.values] if isinstance(task, Paged) else [vars(task)["cache"]]
+    positions = torch.arange(pages.shape[1] * page, device=device)
+    slots = pages.long()[:, positions // page] * page + positions % page
+    unused = slots[positions[None, :] >= task.step.lengths[:, None]]
+    for cache in caches:
+        poison = torch.full((1,), math.nan, device=device).to(cache.dtype)
+        cache.view(-1, *cache.shape[2:])[unused] = poison
+    return task
+
+
+def _in_a_line(error: BaseException) -> str:
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 200 else text[:197] + "..."

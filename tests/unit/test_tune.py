@@ -1,0 +1,505 @@
+"""`taut tune`, all but its times: questions, spaces, the search with a made-up timer, journal, table, command."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+import tempfile
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from taut.benchmarks import BenchmarkError
+from taut.benchmarks.models import MODELS
+from taut.benchmarks.tuning.journal import Journal
+from taut.benchmarks.tuning.problems import questions
+from taut.benchmarks.tuning.search import SLOWER, Outcome, SearchError, score, search
+from taut.benchmarks.tuning.space import SPACES, Space, space_of
+from taut.benchmarks.tuning.writing import as_json, tuned_table
+from taut.cli import main, tune
+from taut.common_kernels.tiles import built_in_tables, choose_table, read_table
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from taut.common_kernels.tiles import Tile
+
+BASE = choose_table(built_in_tables(), "sm_90", 232_448)
+ASKED = questions({name: MODELS[name] for name in ("llama", "deepseek")}, target="sm_90")
+SMALL = Space({"a": (1, 2, 3, 4), "b": (1, 2, 3), "keys": (16, 32, 64)}, (("a", "b"),), lambda _tile, _facts: True)
+TILES = [dict(zip(SMALL.axes, numbers, strict=True)) for numbers in product(*SMALL.axes.values())]
+
+
+class Timer:
+    """A made-up timer: microseconds from a function of the tile; counts what it was asked."""
+
+    def __init__(self, us: Callable[[Tile], Sequence[float]], *, stops_after: int | None = None) -> None:
+        self.us, self.stops_after, self.asked = us, stops_after, []  # type: ignore[var-annotated]
+
+    def __call__(self, tiles: Sequence[Tile], limits: Sequence[float] | None) -> Iterator[Outcome]:
+        for tile in tiles:
+            if self.stops_after is not None and len(self.asked) >= self.stops_after:
+                raise KeyboardInterrupt
+            self.asked.append(dict(tile))
+            yield self.outcome(tile, limits)
+
+    def outcome(self, tile: Tile, limits: Sequence[float] | None) -> Outcome:
+        us = tuple(self.us(tile))
+        for number, one in enumerate(us):
+            if limits is not None and one > limits[number]:
+                return Outcome("slower", us[: number + 1])
+        return Outcome("timed", us)
+
+
+# Questions
+
+
+def test_the_questions_of_a_llama_and_of_a_deepseek() -> None:
+    assert [(one.name, one.operation, one.models) for one in ASKED] == [
+        ("paged_decode rows=4 key_bytes=256 element_bytes=2 float8=0", "paged_decode", ("llama",)),
+        ("paged_prefill rows=4 key_bytes=256 element_bytes=2 float8=0", "paged_extend", ("llama",)),
+        ("mla_decode rows=128 rank=512 cache_bytes=2", "mla_decode", ("deepseek",)),
+        ("paged_prefill rows=1 key_bytes=640 element_bytes=2 float8=0", "ragged_prefill", ("deepseek",)),
+    ]
+    assert all(shape["rows"] * shape["context"] <= 1 << 20 for one in ASKED for shape in one.shapes)
+    assert {shape["page"] for shape in ASKED[2].shapes} == {64}
+
+
+def test_every_question_is_one_that_its_table_answers() -> None:
+    """The facts are those that the kernels ask with."""
+    from taut.common_kernels.mla_decode.triton_kernel import mla_tile
+    from taut.common_kernels.paged_attention.triton_kernel import tile_facts
+
+    torch = pytest.importorskip("torch")
+    decode, _, mla, _ = ASKED
+    facts = tile_facts(4, 64, 64, torch.bfloat16, torch.bfloat16)
+    assert dict(decode.facts) == facts
+    tile = {**BASE.tile("mla_decode", mla.facts), "keys": 99}
+    table = tuned_table(BASE, [(mla, tile)], target="sm_90", shared_memory=1, measured="")
+    assert mla_tile(table, 128, 512, 2, 1).tile["keys"] == 99
+    assert mla_tile(table, 64, 512, 2, 1).tile["keys"] != 99
+
+
+def test_devices_share_the_heads_and_models_share_a_question() -> None:
+    sharded = questions({"a": MODELS["deepseek"]}, target="sm_90", tensor_parallel=8, cache_dtype="float8_e4m3fn")
+    assert sharded[0].facts == {"rows": 16, "rank": 512, "cache_bytes": 1}
+    assert {shape["float8"] for shape in sharded[0].shapes} == {1}
+    wide = MODELS["llama"] | {"num_attention_heads": 64, "num_key_value_heads": 16}
+    both = questions({"a": MODELS["llama"], "b": wide}, target="sm_90", decode="rows=1 context=1k")
+    assert both[0].models == ("a", "b")
+    assert [shape["q_heads"] for shape in both[0].shapes] == [32, 64]
+
+
+@pytest.mark.parametrize(
+    ("config", "how", "says"),
+    [
+        ({"dtype": "float32", "torch_dtype": "float32"}, {}, "computes in float32"),
+        ({}, {"tensor_parallel": 5}, "cannot be shared out over 5"),
+        ({}, {"cache_dtype": "int4"}, "a cache of int4"),
+        ({}, {"decode": "heads=3"}, "no axis heads"),
+        ({}, {"decode": "kv_heads=3"}, "given by the model"),
+        ({}, {"decode": "rows=1k context=1k,128k rows=2"}, "stands twice"),
+        ({}, {"decode": "rows=64k context=64k"}, "holds no shape"),
+        ({}, {"prefill": "context=1k queries=2k"}, "holds no shape"),
+    ],
+)
+def test_what_cannot_be_asked(config: dict[str, Any], how: dict[str, Any], says: str) -> None:
+    with pytest.raises(BenchmarkError, match=says):
+        questions({"llama": MODELS["llama"] | config}, target="sm_90", **how)
+
+
+def test_a_latent_of_another_size_is_refused() -> None:
+    with pytest.raises(BenchmarkError, match="latent of 256 and rope of 64"):
+        questions({"it": MODELS["deepseek"] | {"kv_lora_rank": 256}}, target="sm_90")
+
+
+# Spaces
+
+
+@pytest.mark.parametrize("one", ASKED, ids=lambda one: one.name)
+def test_todays_tiles_lie_in_their_space(one: Any) -> None:
+    space = space_of(one.table_operation)
+    tile = space.whole(BASE.tile(one.table_operation, one.facts))
+    assert all(tile[axis] in values for axis, values in space.axes.items())
+    assert space.possible(tile, one.facts)
+    neighbours = space.neighbours(tile, one.facts)
+    assert 10 <= len(neighbours) <= 60
+    assert tile not in neighbours
+    assert all(set(neighbour) == set(tile) for neighbour in neighbours)
+    assert all(sum(neighbour[axis] != tile[axis] for axis in tile) <= 2 for neighbour in neighbours)
+
+
+def test_what_needs_more_than_what_does_not_fit() -> None:
+    space = SPACES["paged_prefill"]
+    tile = {"rows": 64, "keys": 64, "pack": 1, "warps": 4, "stages": 2}
+    assert space.needs_more({**tile, "stages": 3, "keys": 128}, tile)
+    assert not space.needs_more({**tile, "stages": 3, "keys": 32}, tile)
+    assert not space.needs_more({**tile, "stages": 3, "warps": 8}, tile)
+
+
+# The search
+
+
+@given(st.lists(st.floats(1, 100), min_size=10, max_size=10), st.sampled_from(TILES))
+def test_on_a_landscape_of_single_costs_it_finds_the_best(costs: list[float], start: Tile) -> None:
+    """Each number of a tile has a cost of its own: then going where it gets better ends at the best of all."""
+    places = [(axis, value) for axis, values in SMALL.axes.items() for value in values]
+    cost = dict(zip(places, costs, strict=True))
+
+    def us(tile: Tile) -> list[float]:
+        return [sum(cost[place] for place in tile.items())]
+
+    found = search(SMALL, {}, start, Timer(us))
+    best = min(us(tile)[0] for tile in TILES)
+    assert found.complete
+    assert us(found.best)[0] <= best * (1 + 0.005 * 4)  # each step must gain half a percent
+    assert found.after.us[0] <= found.before.us[0]
+
+
+def test_all_alike_stays_as_it_is() -> None:
+    timer = Timer(lambda _tile: [5.0, 7.0])
+    found = search(SMALL, {}, TILES[7], timer)
+    assert (found.best, found.gain, found.complete) == (TILES[7], 1.0, True)
+    assert len(timer.asked) == 1 + len(SMALL.neighbours(TILES[7], {}))
+
+
+landscapes = st.lists(st.tuples(st.floats(1, 100), st.floats(1, 100)), min_size=len(TILES), max_size=len(TILES))
+
+
+def rugged(numbers: list[tuple[float, float]]) -> Callable[[Tile], tuple[float, float]]:
+    return lambda tile: numbers[TILES.index(dict(tile))]
+
+
+@given(landscapes, st.sampled_from(TILES))
+def test_never_slower_on_any_shape_and_never_measured_twice(numbers: list[tuple[float, float]], start: Tile) -> None:
+    timer = Timer(rugged(numbers))
+    found = search(SMALL, {}, start, timer)
+    before, after = rugged(numbers)(start), rugged(numbers)(found.best)
+    assert all(mine <= its * (1 + SLOWER) for mine, its in zip(after, before, strict=True))
+    assert score(found.after, found.before) <= 1
+    keys = [tuple(sorted(tile.items())) for tile in timer.asked]
+    assert len(keys) == len(set(keys)) == sum(found.counts.values())
+    assert found.best == start or found.gain > 1
+
+
+@given(landscapes, st.integers(1, 20))
+def test_it_is_cut_short(numbers: list[tuple[float, float]], most: int) -> None:
+    timer = Timer(rugged(numbers))
+    found = search(SMALL, {}, TILES[0], timer, most)
+    assert len(timer.asked) <= most
+    assert found.best == TILES[0] or found.gain > 1
+    assert search(SMALL, {}, TILES[0], Timer(rugged(numbers)), 1).best == TILES[0]
+    assert not search(SMALL, {}, TILES[0], Timer(rugged(numbers)), 1).complete
+
+
+def test_what_needs_more_than_a_misfit_is_not_tried() -> None:
+    """The largest keys do not fit: from a second start on nothing with them is measured again."""
+
+    class Small(Timer):
+        def outcome(self, tile: Tile, limits: Sequence[float] | None) -> Outcome:
+            if tile["keys"] >= 32:
+                return Outcome("does not fit", why="too large")
+            return super().outcome(tile, limits)
+
+    timer = Small(lambda tile: [10.0 - tile["a"]])
+    found = search(SMALL, {}, {"a": 1, "b": 1, "keys": 16}, timer)
+    assert found.best["a"] == 4
+    tried = [tile for tile in timer.asked if tile["keys"] == 64]
+    assert [tile["a"] for tile in tried] == [1, 4]  # 32 was tried in the same round, and what differs in `a` may fit
+    assert found.counts["does not fit"] == 4
+
+
+def test_wrong_numbers_are_never_chosen() -> None:
+    class Wrong(Timer):
+        def outcome(self, tile: Tile, limits: Sequence[float] | None) -> Outcome:
+            return Outcome("wrong", why="nan") if tile["a"] == 4 else super().outcome(tile, limits)
+
+    assert search(SMALL, {}, TILES[0], Wrong(lambda tile: [10.0 - tile["a"]])).best["a"] == 3
+
+
+def test_todays_tile_must_work() -> None:
+    class Broken(Timer):
+        def outcome(self, *_: Any) -> Outcome:
+            return Outcome("wrong", why="relative error 0.5")
+
+    with pytest.raises(SearchError, match=r"own tile .* wrong: relative error 0.5"):
+        search(SMALL, {}, TILES[0], Broken(lambda _tile: [1.0]))
+
+
+# The journal
+
+
+def journalled(path: Path, timer: Timer) -> Any:
+    return search(SMALL, {}, TILES[0], Journal(path, {"gpu": "it"}).kept("question", timer))
+
+
+@settings(max_examples=40, deadline=None)
+@given(landscapes, st.lists(st.integers(0, 12), max_size=4), st.integers(0, 10**6))
+def test_interrupted_anywhere_it_ends_the_same(numbers: list[tuple[float, float]], stops: list[int], torn: int) -> None:
+    """Any number of interruptions, each after some tiles, the file cut off anywhere: the same end, nothing twice."""
+    whole = search(SMALL, {}, TILES[0], Timer(rugged(numbers)))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "journal")
+        for stop in stops:
+            with contextlib.suppress(KeyboardInterrupt):
+                journalled(path, Timer(rugged(numbers), stops_after=stop))
+            content = path.read_bytes()
+            path.write_bytes(content[: max(1, len(content) - torn % 200)])
+        lines = path.read_bytes().count(b"\n") if path.exists() else 0
+        last = Timer(rugged(numbers))
+        assert journalled(path, last) == whole
+        assert len(last.asked) == sum(whole.counts.values()) - max(0, lines - 1)
+        again = Timer(rugged(numbers))
+        assert journalled(path, again) == whole
+        assert again.asked == []
+
+
+def test_a_journal_of_other_circumstances(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    Journal(path, {"gpu": "one", "most": 80})
+    with pytest.raises(BenchmarkError, match=r"begun with gpu one, which is now two: .* --fresh"):
+        Journal(path, {"gpu": "two", "most": 80})
+    path.write_text("once upon a time\n")
+    with pytest.raises(BenchmarkError, match="is no journal"):
+        Journal(path, {})
+
+
+# The table
+
+
+def test_the_table_is_taken_and_answers_as_before_elsewhere(tmp_path: Path) -> None:
+    chosen = [(one, {**BASE.tile(one.table_operation, one.facts), "stages": 9}) for one in ASKED]
+    table = tuned_table(BASE, chosen, target="sm_90", shared_memory=232_448, measured="a GPU")
+    path = tmp_path / "it.json"
+    path.write_text(as_json(table))
+    read = read_table(path)
+    assert (read.targets, read.vendor, read.shared_memory) == (("sm_90",), "nvidia", 232_448)
+    assert "measured on a GPU" in read.about
+    for one in ASKED:
+        assert read.tile(one.table_operation, one.facts)["stages"] == 9
+        for name in one.facts:
+            other = {**one.facts, name: one.facts[name] * 2 if one.facts[name] else 1}
+            if other not in [dict(two.facts) for two in ASKED]:
+                assert read.tile(one.table_operation, other) == BASE.tile(one.table_operation, other)
+    again = tuned_table(read, chosen, target="sm_90", shared_memory=232_448, measured="a GPU")
+    assert again.operations == read.operations  # an entry of the same question is replaced
+
+
+def test_tables_are_written_as_they_are_read(tmp_path: Path) -> None:
+    for table in built_in_tables():
+        (tmp_path / "it.json").write_text(as_json(table))
+        read = read_table(tmp_path / "it.json")
+        assert (read.operations, read.targets, read.about) == (table.operations, table.targets, table.about)
+
+
+# The timer, with a made-up clock
+
+
+def session(time: Any, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    from taut.benchmarks.tuning import measure
+    from taut.common_kernels.workspace import INTERPRETED
+
+    monkeypatch.setattr(measure, "KERNELS", kernels)
+    monkeypatch.setattr(measure, "CHECKED_LENGTHS", (0, 1, 17, 40))
+    monkeypatch.setattr(measure, "CHECKED_TOKENS", 50)
+    return measure.Session(BASE, INTERPRETED, "cpu", 0, time)
+
+
+TINY = {
+    "decode": "rows=1,2 context=40",
+    "prefill": "rows=1 context=100 queries=50",
+}
+
+
+def tiny_questions() -> list[Any]:
+    llama = MODELS["llama"] | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    deepseek = MODELS["deepseek"] | {"num_attention_heads": 2}
+    return questions({"llama": llama, "deepseek": deepseek}, target="cpu", **TINY)
+
+
+def test_a_tile_is_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from taut.common_kernels import reference
+
+    for one in tiny_questions():
+        space = space_of(one.table_operation)
+        tile = space.whole(BASE.tile(one.table_operation, one.facts))
+        with session(lambda calls: (len(calls), calls[0]())[0] * 4.0, reference, monkeypatch) as timer_of:
+            (outcome,) = timer_of(one)([tile], None)
+            assert outcome == Outcome("timed", (4.0,) * len(one.shapes))
+            assert list(timer_of(one)([tile, tile], [9.0] * len(one.shapes))) == [outcome] * 2
+            assert [o.status for o in timer_of(one)([tile], [1.0] * len(one.shapes))] == ["slower"]
+
+
+def test_wrong_numbers_and_failures_are_outcomes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from taut.common_kernels import reference
+
+    def bad(*arguments: Any, **named: Any) -> None:
+        reference.mla_decode(*arguments, **named)
+        arguments[4][3, 0, 0] = float("nan")
+
+    def broken(*_arguments: Any, **_named: Any) -> None:
+        raise RuntimeError("a tile too far")
+
+    (one,) = [one for one in tiny_questions() if one.operation == "mla_decode"]
+    tile = space_of("mla_decode").whole(BASE.tile("mla_decode", one.facts))
+    for operation, status, why in ((bad, "wrong", "relative error inf"), (broken, "failed", "a tile too far")):
+        kernels = SimpleNamespace(mla_decode=operation, workspace=reference.workspace)
+        with session(lambda _calls: 1.0, kernels, monkeypatch) as timer_of:
+            (outcome,) = timer_of(one)([tile], None)
+        assert outcome.status == status
+        assert why in outcome.why
+
+
+def test_the_check_is_ragged_and_poisoned() -> None:
+    from taut.benchmarks.tuning.measure import CHECKED_LENGTHS, checked_task
+
+    for one in tiny_questions():
+        task: Any = checked_task(one, "cpu")
+        if one.operation == "ragged_prefill":
+            continue
+        assert tuple(task.step.lengths.tolist()) == CHECKED_LENGTHS
+        cache = task.cache if one.operation == "mla_decode" else task.keys
+        unused = cache.flatten(2).isnan().all(-1).sum().item()
+        assert unused == cache.shape[0] * cache.shape[1] - sum(CHECKED_LENGTHS)
+
+
+def test_compiling_only_launches_nothing_and_finds_misfits() -> None:
+    from types import SimpleNamespace
+
+    from taut.benchmarks.tuning.measure import CompileOnly, MisfitError
+
+    seen = []
+
+    class Kernel:
+        def warmup(self, *arguments: Any, grid: Any, **named: Any) -> Any:
+            seen.append((arguments, grid, named))
+            return SimpleNamespace(metadata=SimpleNamespace(shared=1000))
+
+    CompileOnly(Kernel(), 1000)[(3,)](1, keys=2)
+    assert seen == [((1,), (3,), {"keys": 2})]
+    with pytest.raises(MisfitError, match="needs 1000 bytes of shared memory, 999 are there"):
+        CompileOnly(Kernel(), 999)[(3,)](1, keys=2)
+
+
+# The command
+
+
+class Session:
+    """Stands for the GPU: every question with a made-up timer."""
+
+    def __init__(self, stops_after: int | None = None) -> None:
+        self.stops_after = stops_after
+
+    def __enter__(self) -> Any:
+        return lambda _question: Timer(self.us, stops_after=self.stops_after)
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    @staticmethod
+    def us(tile: Tile) -> list[float]:
+        return [100.0 / tile["stages"]] * 5
+
+
+def tuning(path: Path, stops_after: int | None = None) -> tune.Tuning:
+    circumstances = tune.circumstances(ASKED, BASE, "some GPU", {"torch": "9"}, 60)
+    journal = Journal(tune.journal_of(path), circumstances)
+    return tune.Tuning(ASKED, BASE, path, journal, 60, "sm_90", 232_448, "some GPU", Session(stops_after))
+
+
+def as_user(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[Any, str, str]:
+    monkeypatch.setattr(sys, "argv", ["taut", "tune", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main.run()
+    captured = capsys.readouterr()
+    return end.value.code, captured.out, captured.err
+
+
+def test_a_run_from_its_questions_to_its_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Interrupted, gone on with, and the same in one go: one table; the journal is gone, and nothing else is there."""
+    path = tmp_path / "it.json"
+    monkeypatch.setattr(tune.Tuning, "here", lambda *_args, **_named: tuning(path, stops_after=9))
+    status, out, err = as_user(monkeypatch, capsys, "llama", "deepseek", "-o", str(path))
+    assert (status, out) == (130, "")
+    assert "goes on from" in err
+    assert "Traceback" not in err
+    assert [file.name for file in tmp_path.iterdir()] == ["it.json.journal"]
+
+    monkeypatch.setattr(tune.Tuning, "here", lambda *_args, **_named: tuning(path))
+    status, out, err = as_user(monkeypatch, capsys, "llama", "deepseek", "-o", str(path), "--json")
+    assert status == 0
+    assert "tiles are measured" in err
+    assert [file.name for file in tmp_path.iterdir()] == ["it.json"]
+    told = json.loads(out)
+    assert list(told) == ["schema", "table", "measured", "base", "questions"]
+    stages = {one["operation"]: one["after"]["tile"]["stages"] for one in told["questions"]}
+    assert stages == {"paged_decode": 5, "mla_decode": 4, "paged_prefill": 4}
+    assert all(one["gain"] >= 1 for one in told["questions"])
+
+    other = tmp_path / "other.json"
+    whole = tuning(other)
+    whole.write(whole.run(Console(file=io.StringIO())))
+    assert other.read_text() == path.read_text()
+    assert read_table(path).tile("mla_decode", ASKED[2].facts)["stages"] == 4
+
+
+def test_the_outcome_for_people() -> None:
+    asked = [one for one in ASKED if len(one.shapes) == len(Session.us({"stages": 1}))]
+    found = [
+        search(space_of(one.table_operation), one.facts, BASE.tile(one.table_operation, one.facts), Timer(Session.us))
+        for one in asked
+    ]
+    out = io.StringIO()
+    Console(file=out, width=100).print(tune.render(asked, found))
+    assert "with stages=5" in out.getvalue()
+    assert "mla_decode rows=128" in out.getvalue()
+
+
+def test_a_dry_run_needs_no_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; from taut.cli.main import run; run()"
+    command = [sys.executable, "-c", code, "tune", "llama", "--dry-run", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert [one["table_operation"] for one in json.loads(done.stdout)] == ["paged_decode", "paged_prefill"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("lama",), "no built-in shape"),
+        (("llama", "-o", "no/such/folder/it.json"), "its folder is missing"),
+        (("llama", "--tp", "7"), "cannot be shared out over 7"),
+        (("llama", "--decode", "rows"), "is no axis of a grid"),
+        (("llama",), "measures on a GPU"),
+    ],
+)
+def test_a_users_mistake_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    says: str,
+) -> None:
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status, out, err = as_user(monkeypatch, capsys, *arguments)
+    assert (status, out) == (2, "")
+    (line,) = err.splitlines()
+    assert line.startswith("taut: ")
+    assert says in line
+    assert list(tmp_path.iterdir()) == []
