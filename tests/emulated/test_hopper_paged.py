@@ -1,0 +1,123 @@
+"""`paged_attention` and `ragged_attention` of the provider `hopper`, emulated, against the contract's words."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import gluon_emulator
+import pytest
+import torch
+from cases import LAYOUTS, MASKS, PAGED_BATCH, PagedCase, assert_close, build_paged, build_ragged
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from strategies import paged_cases
+
+from taut.common_kernels.paged_attention import hopper_kernel, triton_kernel
+from taut.common_kernels.reference import NoWorkspace
+from taut.common_kernels.step import Mask
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# An instruction that does nothing, at which the assembler stops moving others.
+gluon_emulator.replace("worked_out", lambda total: total)
+
+SIZES = ((64, 64), (128, 128), (192, 128), (256, 256))
+REGISTERS = {"load_registers": 40, "gather_registers": 72}
+PREFILL_TILE = REGISTERS | {"keys": 32, "stages": 2, "pack": 2}
+DECODE_TILE = REGISTERS | {"rows": 16, "keys": 64, "stages": 2, "programs": 2, "share": 1, "spare": 2}
+PORTABLE_TILE = {"rows": 16, "keys": 16, "pack": 2, "warps": 4, "stages": 1}  # for keys that there are none of
+# Which rows go to which kernel: all to decode, none, or those of up to two queries.
+SERVED_BY = {"decode": 16, "prefill": 0, "both": 2}
+SHORT: dict[str, Any] = {"head_size": 64, "value_size": 64, "dtype": "bfloat16"}
+LONG: dict[str, Any] = SHORT | {"lengths": (37, 0, 5, 140, 290), "queries": (1, 2, 5, 20, 150), "page_size": 32}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The kernels with small tiles, so that rings go round and tiles are of every kind."""
+    tiles = {"hopper_paged_prefill": PREFILL_TILE, "hopper_paged_decode": DECODE_TILE, "paged_prefill": PORTABLE_TILE}
+    path: Path = tmp_path_factory.mktemp("tables") / "small.json"
+    operations = {operation: [{"when": {}, "tile": tile}] for operation, tile in tiles.items()}
+    table = {"about": "", "vendor": "nvidia", "targets": [], "shared_memory": 0, "operations": operations}
+    path.write_text(json.dumps(table))
+    torch.set_num_threads(1)
+    return SimpleNamespace(
+        workspace=partial(hopper_kernel.workspace, table_path=str(path)),
+        paged_attention=hopper_kernel.paged_attention,
+        ragged_attention=partial(hopper_kernel.ragged_attention, workspace=NoWorkspace(str(path))),
+    )
+
+
+def check(kernels: Any, case: PagedCase, served_by: str = "both", seed: int = 0) -> None:
+    """A case through the kernels that serve it, in the order of a seed; all of one row are served by decode."""
+    inputs = build_paged(case)
+    with pytest.MonkeyPatch.context() as patch, gluon_emulator.seeded(seed) as launched:
+        patch.setattr(triton_kernel, "DECODE_QUERIES", SERVED_BY[served_by])
+        assert_close(inputs.run(kernels), inputs.expected(), case.dtype)
+    extends = max(case.queries, default=0) > SERVED_BY[served_by]
+    assert launched == (["prefill_kernel"] * extends + ["decode_kernel"] if inputs.tokens else [])
+
+
+def check_ragged(kernels: Any, case: PagedCase, seed: int = 0) -> None:
+    """The same without pages."""
+    inputs = build_ragged(case)
+    with gluon_emulator.seeded(seed):
+        assert_close(inputs.call(kernels.ragged_attention), inputs.expected(), case.dtype)
+
+
+@given(
+    paged_cases(),
+    st.sampled_from(LAYOUTS[:-1]),  # not `padded`: see below
+    st.sampled_from(SIZES),
+    st.sampled_from(("decode", "both")),
+    st.sampled_from(("bfloat16", "float16")),
+)
+@settings(max_examples=20, phases=[Phase.generate])
+def test_contract(small: Any, case: PagedCase, layout: Any, sizes: tuple[int, int], served_by: str, dtype: str) -> None:
+    case = replace(case, layout=layout, head_size=sizes[0], value_size=sizes[1], dtype=dtype)
+    check(small, case, served_by, case.seed)
+
+
+@given(paged_cases(**SHORT))
+@settings(max_examples=10, phases=[Phase.generate])
+def test_ragged_contract(small: Any, case: PagedCase) -> None:
+    check_ragged(small, case, case.seed)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("page_size", [16, 3])
+@pytest.mark.parametrize("served_by", ["decode", "prefill"])
+def test_masks(small: Any, mask: Mask, page_size: int, served_by: str) -> None:
+    """By boxes of the copy engine, and gathered."""
+    features = {"sinks": True, "alibi": True, "forget_unseen": True}
+    check(small, PagedCase(**PAGED_BATCH, **SHORT, mask=mask, page_size=page_size, **features), served_by, page_size)
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_and_page_sizes(small: Any, page_size: int, layout: Any) -> None:
+    batch = PAGED_BATCH | {"page_size": page_size, "layout": layout}
+    case = PagedCase(**batch, **SHORT, indirect=True, strided_query=True)
+    if layout == "padded" and page_size == 1:  # gathered, and rows begin at multiples of 16 bytes only
+        with pytest.raises(ValueError, match="takes keys that begin at multiples of 32 bytes"):
+            check(small, case)
+    else:
+        check(small, case)
+
+
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(1, 1), (7, 1), (12, 2)])
+@pytest.mark.parametrize("served_by", ["decode", "prefill"])
+def test_groups(small: Any, q_heads: int, kv_heads: int, served_by: str) -> None:
+    check(small, PagedCase(**PAGED_BATCH, **SHORT, q_heads=q_heads, kv_heads=kv_heads), served_by)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_order(small: Any, seed: int) -> None:
+    """Rings that go round several times, in the order of several seeds."""
+    check(small, PagedCase(**LONG, mask=Mask(left=200), seed=seed), "both", seed)
+    check_ragged(small, PagedCase(**LONG, seed=seed), seed)
