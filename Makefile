@@ -38,11 +38,13 @@ unit: $(VENV)/tests.done
 	@echo "==> tests without an engine"
 	$(BIN)/python -m pytest -q tests/unit tests/reference tests/adapters tests/package
 
-# Triton's interpreter must be chosen before triton is imported, and compiling needs it off: a process for each. Both
-# compute without threads: two workers.
+# Triton's interpreter must be chosen before triton is imported, the emulator before Gluon is, and compiling needs both
+# off: a process for each. All compute without threads: two workers.
 kernels: $(VENV)/tests.done
 	@echo "==> the Triton kernels under the interpreter, on the CPU, against the reference"
 	$(BIN)/python -m pytest -q -n 2 tests/interpreter
+	@echo "==> the Gluon kernels emulated, on the CPU, in every order that nothing forbids"
+	$(BIN)/python -m pytest -q -n 2 tests/emulated
 	@echo "==> every kernel compiled for every GPU target, without a GPU"
 	$(BIN)/python -m pytest -q -n 2 tests/compile
 
