@@ -36,6 +36,29 @@ GUARD = 3  # tokens of poison behind an output, which must still be poison after
 Layout = Literal["separate", "heads_first", "packed", "interleaved", "padded"]
 LAYOUTS: tuple[Layout, ...] = ("separate", "heads_first", "packed", "interleaved", "padded")
 
+# Decode, extend, idle and padded rows side by side; and every kind of mask.
+PAGED_BATCH: dict[str, Any] = {
+    "lengths": (37, 0, 5, 40, 90),
+    "queries": (1, 2, 5, 20, 1),
+    "padded_rows": 1,
+    "padded_queries": 3,
+}
+MLA_BATCH: dict[str, Any] = {
+    "lengths": (40, 3, 0, 129, 1),
+    "queries": (2, 8, 1, 1, 3),
+    "padded_rows": 1,
+    "padded_queries": 2,
+}
+MASKS = (
+    Mask(),
+    Mask(causal=False),
+    Mask(left=9),
+    Mask(left=30),
+    Mask(causal=False, left=9, right=4),
+    Mask(causal=False, right=0),
+    Mask(soft_cap=1.5),
+)
+
 # Relative error of a whole output, by dtype of the queries and the output.
 TOLERANCES = {"float64": 1e-9, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
 

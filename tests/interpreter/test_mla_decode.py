@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from cases import MlaCase, assert_close, build_mla
+from cases import MLA_BATCH, MlaCase, assert_close, build_mla
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import mla_cases
@@ -60,15 +60,7 @@ def test_float8_caches(forms: dict[str, Any], case: MlaCase, form: str, scales: 
 @pytest.mark.parametrize("heads", [1, 5, 20, 40])
 def test_head_counts_and_several_queries(forms: dict[str, Any], form: str, heads: int) -> None:
     """More heads than a tile has rows, fewer, and queries of one row that share a tile."""
-    case = MlaCase(
-        lengths=(40, 3, 0, 129, 1),
-        queries=(2, 8, 1, 1, 3),
-        q_heads=heads,
-        padded_rows=1,
-        padded_queries=2,
-        page_size=7,
-        indirect=True,
-    )
+    case = MlaCase(**MLA_BATCH, q_heads=heads, page_size=7, indirect=True)
     inputs = build_mla(case)
     assert_close(inputs.run(forms[form]), inputs.expected(), case.dtype)
 

@@ -9,27 +9,22 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from cases import LAYOUTS, PagedCase, assert_close, build_paged, build_ragged
+from cases import LAYOUTS, MASKS, PAGED_BATCH, PagedCase, assert_close, build_paged, build_ragged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import paged_cases
 
 from taut.common_kernels import portable
 from taut.common_kernels.paged_attention import triton_kernel
-from taut.common_kernels.step import Mask
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from taut.common_kernels.step import Mask
+
 SIZES = st.sampled_from((16, 32, 48))
 # Which rows go to which kernel: all to decode, none, or those of up to two queries.
 SERVED_BY = {"decode": 16, "prefill": 0, "both": 2}
-BATCH: dict[str, Any] = {
-    "lengths": (37, 0, 5, 40, 90),
-    "queries": (1, 2, 5, 20, 1),
-    "padded_rows": 1,
-    "padded_queries": 3,
-}
 
 
 @pytest.fixture(scope="module")
@@ -77,24 +72,17 @@ def test_float8_caches(small: Any, case: PagedCase, scales: str) -> None:
 
 
 @pytest.mark.parametrize("served_by", SERVED_BY)
-@pytest.mark.parametrize(
-    "mask",
-    [
-        Mask(),
-        Mask(causal=False),
-        Mask(left=9),
-        Mask(left=30),
-        Mask(causal=False, left=9, right=4),
-        Mask(causal=False, right=0),
-        Mask(soft_cap=1.5),
-    ],
-)
+@pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("plain", [True, False])
 def test_masks(small: Any, served_by: str, mask: Mask, plain: bool) -> None:
     if plain:
-        check(small, PagedCase(**BATCH, mask=mask), served_by)
+        check(small, PagedCase(**PAGED_BATCH, mask=mask), served_by)
     else:
-        check(small, PagedCase(**BATCH, mask=mask, sinks=True, alibi=True, forget_unseen=True, page_size=3), served_by)
+        check(
+            small,
+            PagedCase(**PAGED_BATCH, mask=mask, sinks=True, alibi=True, forget_unseen=True, page_size=3),
+            served_by,
+        )
 
 
 @pytest.mark.parametrize(
@@ -102,21 +90,21 @@ def test_masks(small: Any, served_by: str, mask: Mask, plain: bool) -> None:
 )
 def test_the_published_head_sizes(head_size: int, value_size: int) -> None:
     """With the tables' own tiles."""
-    check(portable, PagedCase(**BATCH, q_heads=2, kv_heads=1, head_size=head_size, value_size=value_size))
+    check(portable, PagedCase(**PAGED_BATCH, q_heads=2, kv_heads=1, head_size=head_size, value_size=value_size))
 
 
 @pytest.mark.parametrize("page_size", [1, 7, 16, 64])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_and_page_sizes(small: Any, page_size: int, layout: Any) -> None:
     """A page that holds several tiles, one that is a part of one, and one that divides nothing."""
-    check(small, PagedCase(**BATCH, page_size=page_size, layout=layout, indirect=True, strided_query=True))
+    check(small, PagedCase(**PAGED_BATCH, page_size=page_size, layout=layout, indirect=True, strided_query=True))
 
 
 @pytest.mark.parametrize(("q_heads", "kv_heads"), [(1, 1), (7, 1), (12, 2), (40, 1), (6, 3)])
 @pytest.mark.parametrize("served_by", SERVED_BY)
 def test_groups(small: Any, q_heads: int, kv_heads: int, served_by: str) -> None:
     """Groups that fill no tile, that leave rows of one idle, and that need several."""
-    check(small, PagedCase(**BATCH, q_heads=q_heads, kv_heads=kv_heads), served_by)
+    check(small, PagedCase(**PAGED_BATCH, q_heads=q_heads, kv_heads=kv_heads), served_by)
 
 
 def test_one_row_with_one_query(small: Any) -> None:
@@ -151,6 +139,6 @@ def test_warm_up_leaves_a_workspace_that_serves(small: Any) -> None:
 
 
 def test_a_step_needs_its_workspace(small: Any) -> None:
-    inputs = build_paged(PagedCase(**BATCH))
+    inputs = build_paged(PagedCase(**PAGED_BATCH))
     with pytest.raises(TypeError, match="needs the workspace"):
         inputs.call(small.paged_attention)
