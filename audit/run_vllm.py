@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taut.adapters.vllm import bridge
+from taut.audit import padding
 from taut.audit.device import Profiler
-from taut.audit.padding import try_padding
 from taut.audit.records import Layer, Run, Step
 from taut.audit.trace import Trace
 from taut.audit.watch import Watch
@@ -124,6 +124,8 @@ def _facts(name: str, layer: Any, itemsize: int) -> Layer:
 def run(request: Request, path: Path) -> Run:
     """Start vLLM, warm it up, and record one prefill and the decode steps that follow it; see `records.Run`."""
     import vllm
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     if request.plugin:
         _register(request.plugin)
@@ -136,18 +138,19 @@ def run(request: Request, path: Path) -> Run:
         "enforce_eager": True,
         "enable_prefix_caching": False,
         "max_model_len": request.context + request.steps + 16,
-        "max_num_seqs": request.rows,
+        "max_num_seqs": request.rows + padding.ROWS,
         "max_num_batched_tokens": max(2048, sum(map(len, prompts(request.rows, request.context)))),
     }
     if request.layers:
         arguments["hf_overrides"] = {"num_hidden_layers": request.layers}
-    if request.flag:
-        arguments["attention_backend"] = request.flag
+    flag = "CUSTOM" if request.plugin and not current_platform.is_cpu() else request.flag
+    if flag:
+        arguments["attention_backend"] = AttentionBackendEnum[flag]  # vLLM names those there are, if this is none
     engine = vllm.LLM(**(arguments | request.options))
     audited: list[Audited] = engine.collective_rpc(lambda worker: Audited(worker, watch))
     here = audited[0]
     served = here.parts.backends[0].get_name()
-    if request.flag not in ("", "CUSTOM", served):
+    if request.flag not in ("", served):
         raise SystemExit(f"taut: vLLM took {served} in place of {request.flag}, which it does not offer on this device")
     say("warming up")
     _generate(engine, request, "warm-up", 3)
@@ -165,7 +168,7 @@ def run(request: Request, path: Path) -> Run:
         found.observed = profiler.device
         write(path, found)
     say("trying rows without work")
-    found.padding = try_padding(here.parts.builders[0], here.first_layer, here.batch)
+    found.padding = padding.try_padding(here.parts.builders[0], here.first_layer, here.batch)
     write(path, found)
     return found
 

@@ -8,9 +8,7 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 
-class Clean(AttentionBackend):
-    """Answers with the query itself: no attention, and no waste."""
-
+class Backend(AttentionBackend):
     def __init__(self, runner: Any) -> None:
         super().__init__()
         self.token_to_kv_pool = runner.token_to_kv_pool
@@ -19,13 +17,6 @@ class Clean(AttentionBackend):
     def init_forward_metadata(self, _: Any) -> None:
         pass
 
-    def forward_decode(self, q: Any, *_: Any, **__: Any) -> Any:
-        return q
-
-    forward_extend = forward_decode
-
-
-class Backend(Clean):
     def forward_decode(self, q: Any, *others: Any, **__: Any) -> Any:
         _key, _value, _layer, forward_batch, *_ = others
         q.zero_()  # planted: fills

@@ -35,6 +35,7 @@ BASE = "sglang.srt.layers.attention.base_attn_backend"
 SWA_POOL = "sglang.srt.mem_cache.swa_memory_pool"
 CONFIGS = "sglang.srt.utils.hf_transformers_utils"
 ENGINE = "sglang.srt.entrypoints.engine"
+PIECEWISE = "disable_piecewise_cuda_graph"
 SCHEDULER = "sglang.srt.managers.scheduler"
 SPECULATION = "sglang.srt.speculative.spec_info"
 BUILDERS = ("init_attention_backends", "init_attention_backend")
@@ -205,6 +206,15 @@ LEDGER = (
         why="`taut audit` watches from inside that process; nothing else uses it",
         ends="when SGLang tells how a step spends its time in attention",
         probe=lambda: _has_method(ENGINE, "Engine", "run_scheduler_process_func"),
+    ),
+    Touch(
+        what="disable_piecewise_cuda_graph, a switch of its own for captured prompts",
+        since="0.5.11",
+        until="0.5.13.post1",
+        detected="hasattr(ServerArgs, name); later releases let disable_cuda_graph mean both",
+        why="`taut audit` sees no layer inside a captured graph",
+        ends="when 0.5.13 leaves the range",
+        probe=lambda: _has_method(SERVER_ARGS, "ServerArgs", PIECEWISE),
     ),
     Touch(
         what="ModelRunner.forward(forward_batch) runs a step, with attn_backend for its attention",
@@ -469,6 +479,8 @@ def take_output(batch: Any) -> Tensor | None:
 def audited_engine(run_scheduler: Callable[..., Any], **arguments: Any) -> Any:
     """SGLang's engine, whose scheduler's process runs a function of ours; it must lead to `run_scheduler_process`."""
     base = import_module(ENGINE).Engine
+    if hasattr(import_module(SERVER_ARGS).ServerArgs, PIECEWISE):  # it captures prompts even where graphs are disabled
+        arguments.setdefault(PIECEWISE, arguments.get("disable_cuda_graph", False))
     return type("AuditedEngine", (base,), {"run_scheduler_process_func": staticmethod(run_scheduler)})(**arguments)
 
 

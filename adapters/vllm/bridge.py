@@ -652,7 +652,7 @@ class AuditedParts:
         runner: runs a step with `execute_model`.
         backends: the classes that vLLM chose.
         builders: of metadata, with `build`.
-        layers: by their names, with `forward` and `impl`.
+        layers: of attention, by their names, with `forward` and `impl`.
     """
 
     runner: Any
@@ -666,9 +666,10 @@ def audited_parts(worker: Any) -> AuditedParts:
     runner = getattr(worker, "worker", worker).model_runner
     groups = [group for of_cache in runner.attn_groups for group in of_cache]
     names = [name for group in groups for name in group.layer_names]
-    found = layers(runner.vllm_config, names)
+    named = zip(names, layers(runner.vllm_config, names), strict=True)
+    attention = {name: layer for name, layer in named if hasattr(layer, "impl")}  # a recurrent layer has none
     builders = [builder for group in groups for builder in group.metadata_builders]
-    return AuditedParts(runner, [group.backend for group in groups], builders, dict(zip(names, found, strict=True)))
+    return AuditedParts(runner, [group.backend for group in groups], builders, attention)
 
 
 def audited_batch(arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
