@@ -33,11 +33,13 @@ class Task:
         device: "cuda:0", "cpu".
 
     Attributes:
+        dtype: of everything but a quantised cache.
         problem: what a provider is asked for.
         step: of the operations that have one.
         out: what a call writes.
     """
 
+    dtype = torch.bfloat16
     problem: Problem
     step: Step | None = None
     out: Tensor
@@ -46,7 +48,7 @@ class Task:
         self.shape = shape
         self.device = device
         self.target = target_of(torch.device(device))
-        self.cache_dtype = torch.float8_e4m3fn if shape.get("float8") else torch.bfloat16
+        self.cache_dtype = torch.float8_e4m3fn if shape.get("float8") else self.dtype
 
     def workspace(self, kernels: Kernels, table_path: str | None = None) -> Workspace | None:
         """What a provider's calls need, prepared; one serves all tasks of a shape. None where they need none."""
@@ -74,13 +76,18 @@ class Task:
         self.out.fill_(math.nan)
         return call().clone()
 
+    @property
+    def dtypes(self) -> tuple[str, str]:
+        """The names of `dtype` and of the cache's."""
+        return str(self.dtype).removeprefix("torch."), str(self.cache_dtype).removeprefix("torch.")
+
     def random(self, *shape: int, scale: float = 1.0) -> Tensor:
-        """Normal numbers in bfloat16."""
-        return (torch.randn(*shape, device=self.device) * scale).bfloat16()
+        """Normal numbers."""
+        return (torch.randn(*shape, device=self.device) * scale).to(self.dtype)
 
     def poisoned(self, *shape: int) -> Tensor:
         """An output before the call."""
-        return torch.full(shape, math.nan, dtype=torch.bfloat16, device=self.device)
+        return torch.full(shape, math.nan, dtype=self.dtype, device=self.device)
 
     def _step(self, rows: int, context: int, queries: int, page: int) -> Step:
         pages = math.ceil(context / page)
@@ -103,9 +110,8 @@ class MlaDecode(Task):
         self.cache = self.random(rows * math.ceil(context / page), page, LATENT + ROPE, scale=0.5).to(self.cache_dtype)
         self.query = self.random(rows * queries, heads, LATENT + ROPE)
         self.out = self.poisoned(rows * queries, heads, LATENT)
-        names = str(self.cache_dtype).removeprefix("torch.")
         self.problem = Problem(
-            "mla_decode", self.target, "bfloat16", names, heads, 1, LATENT + ROPE, LATENT, page, queries,
+            "mla_decode", self.target, *self.dtypes, heads, 1, LATENT + ROPE, LATENT, page, queries,
             frozenset({"causal"}),
         )  # fmt: skip
 
@@ -132,9 +138,8 @@ class Paged(Task):
         self.query = self.random(rows * queries, q_heads, size)
         self.out = self.poisoned(rows * queries, q_heads, value)
         self.scale = size**-0.5
-        names = str(self.cache_dtype).removeprefix("torch.")
         self.problem = Problem(
-            "paged_attention", self.target, "bfloat16", names, q_heads, kv_heads, size, value, page, queries,
+            "paged_attention", self.target, *self.dtypes, q_heads, kv_heads, size, value, page, queries,
             frozenset({"causal"}),
         )  # fmt: skip
 
@@ -159,7 +164,7 @@ class Ragged(Task):
         self.out = self.poisoned(rows * queries, q_heads, value)
         self.scale = size**-0.5
         self.problem = Problem(
-            "ragged_attention", self.target, "bfloat16", "bfloat16", q_heads, kv_heads, size, value, 0, queries,
+            "ragged_attention", self.target, *self.dtypes, q_heads, kv_heads, size, value, 0, queries,
             frozenset({"causal"}),
         )  # fmt: skip
 
@@ -191,19 +196,18 @@ class Store(Task):
         self.slots = torch.randperm(pages * page, device=device)[:tokens]
         self.one = torch.ones(1, device=device)
         self.scales = {"key_scale": self.one, "value_scale": self.one} if shape["float8"] else {}
-        self.problem = self._problem(str(self.cache_dtype).removeprefix("torch."))
+        self.problem = self._problem()
 
     def _new(self) -> tuple[Tensor, Tensor]:
         s = self.shape
         return self.random(s["tokens"], s["kv_heads"], s["key"]), self.random(s["tokens"], s["kv_heads"], s["value"])
 
-    def _problem(self, cache_dtype: str) -> Problem:
+    def _problem(self) -> Problem:
         s = self.shape
         return Problem(
             "store_kv",
             self.target,
-            "bfloat16",
-            cache_dtype,
+            *self.dtypes,
             s["kv_heads"],
             s["kv_heads"],
             s["key"],
@@ -236,9 +240,9 @@ class StoreMla(Store):
     def _new(self) -> tuple[Tensor, Tensor]:
         return self.random(self.shape["tokens"], LATENT), self.random(self.shape["tokens"], ROPE)
 
-    def _problem(self, cache_dtype: str) -> Problem:
+    def _problem(self) -> Problem:
         page = self.shape["page"]
-        return Problem("store_mla_kv", self.target, "bfloat16", cache_dtype, 1, 1, LATENT + ROPE, LATENT, page)
+        return Problem("store_mla_kv", self.target, *self.dtypes, 1, 1, LATENT + ROPE, LATENT, page)
 
     def _run(self, kernels: Kernels, workspace: Workspace | None) -> None:
         scale = {"cache_scale": self.one} if self.shape["float8"] else {}
@@ -255,7 +259,7 @@ class Merge(Task):
         self.lses = torch.randn(parts, tokens, heads, device=device)
         self.out = self.poisoned(tokens, heads, value)
         self.problem = Problem(
-            "merge", self.target, "bfloat16", "bfloat16", heads, heads, value, value, 0, features=frozenset({"lse"})
+            "merge", self.target, *self.dtypes, heads, heads, value, value, 0, features=frozenset({"lse"})
         )
 
     def _run(self, kernels: Kernels, workspace: Workspace | None) -> None:
