@@ -16,7 +16,8 @@ GLUON = "triton.experimental.gluon"
 LANGUAGE = f"{GLUON}.language"
 HOPPER = f"{LANGUAGE}.nvidia.hopper"
 
-# Names that changed; the newest first, since a release may keep the old one only to say that it is gone.
+# Names that changed; the newest first, since a release may keep the old one only to say that it is gone. Those of loads
+# by TMA are also those of asynchronous copies by threads.
 TMA_LOADS = ("async_load", "async_copy_global_to_shared")
 THREAD_BARRIERS = ("barrier", "thread_barrier")
 
@@ -40,12 +41,7 @@ NEEDED: dict[str, tuple[str | tuple[str, ...], ...]] = {
     HOPPER: ("fence_async_shared", "warpgroup_mma", "warpgroup_mma_init", "warpgroup_mma_wait"),
     f"{HOPPER}.mbarrier": ("MBarrierLayout", "arrive", "expect", "init", "invalidate", "wait"),
     f"{HOPPER}.tma": (TMA_LOADS,),
-    f"{LANGUAGE}.nvidia.ampere.async_copy": (
-        "async_copy_global_to_shared",
-        "commit_group",
-        "mbarrier_arrive",
-        "wait_group",
-    ),
+    f"{LANGUAGE}.nvidia.ampere.async_copy": (TMA_LOADS, "commit_group", "mbarrier_arrive", "wait_group"),
     f"{GLUON}.nvidia.hopper": ("TensorDescriptor",),
 }
 

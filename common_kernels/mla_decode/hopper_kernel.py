@@ -88,6 +88,7 @@ if TYPE_CHECKING:
     from taut.common_kernels.step import Step
 
 tma_load = first_of(tma, TMA_LOADS)
+gather_load = first_of(async_copy, TMA_LOADS)
 thread_barrier = first_of(gl, THREAD_BARRIERS)
 
 LN2 = gl.constexpr(math.log(2))
@@ -357,11 +358,11 @@ def _bring_by_threads(
                     mbarrier.arrive(full_right.index(slot), count=1)
                 else:
                     mbarrier.wait(free_left.index(slot), phase ^ 1)
-                    async_copy.async_copy_global_to_shared(left.index(slot), here + column)
+                    gather_load(left.index(slot), here + column)
                     async_copy.mbarrier_arrive(full_left.index(slot), increment_count=False)
                     mbarrier.wait(free_right.index(slot), phase ^ 1)
-                    async_copy.async_copy_global_to_shared(right.index(slot), here + (column + HALF))
-                    async_copy.async_copy_global_to_shared(rope.index(slot), here + rope_column)
+                    gather_load(right.index(slot), here + (column + HALF))
+                    gather_load(rope.index(slot), here + rope_column)
                     async_copy.mbarrier_arrive(full_right.index(slot), increment_count=False)
                 n += 1
         row, _, _, _, first_key, end_key, _, _ = _load_item(items, gl.minimum(item + 1, last_item))

@@ -37,7 +37,7 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 65_536),
     "gfx950": (GPUTarget("hip", "gfx950", 64), 163_840),
 }
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
