@@ -225,7 +225,10 @@ class Measurer:
         except OutOfResources as misfit:
             return Outcome("does not fit", why=_in_a_line(misfit))
         except torch.OutOfMemoryError:
-            raise
+            raise BenchmarkError(
+                f"the GPU has too little memory for {self.question.name}: give smaller shapes "
+                "with --decode and --prefill, or end the other programs on it"
+            ) from None
         except Exception as failed:  # what an odd tile makes of a kernel
             self._broken = self._still_works()
             return Outcome("failed", why=_in_a_line(failed))

@@ -391,6 +391,22 @@ def test_compiling_only_launches_nothing_and_finds_misfits() -> None:
         CompileOnly(Kernel(), 999)[(3,)](1, keys=2)
 
 
+def test_processes_that_compile_end_with_the_session() -> None:
+    """Here they have no GPU to compile for, which is an outcome, and nothing of them is left."""
+    import multiprocessing
+
+    from taut.benchmarks.tuning import measure
+    from taut.common_kernels.workspace import INTERPRETED
+
+    one = tiny_questions()[0]
+    with measure.Session(BASE, INTERPRETED, "cpu", 1) as timer_of:
+        tile = space_of(one.table_operation).whole(BASE.tile(one.table_operation, one.facts))
+        (outcome,) = timer_of(one)([tile], None)
+        assert len(multiprocessing.active_children()) == 1
+    assert (outcome.status, outcome.us) == ("failed", ())
+    assert multiprocessing.active_children() == []
+
+
 # The command
 
 
