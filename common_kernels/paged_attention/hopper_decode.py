@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from taut.common_kernels.gluon_features import THREAD_BARRIERS, first_of
 from taut.common_kernels.paged_attention.hopper_ring import (
     GATHERING_WARPS,
+    PIECE,
     as_boxes,
     clear_dead_keys,
     gather_tile,
@@ -507,7 +508,7 @@ def decode_kernel(
     right: gl.tensor,
     query_token_stride: gl.tensor,
     query_head_stride: gl.tensor,
-    key_page_stride: gl.tensor,
+    key_page_stride: gl.tensor,  # of keys and values in pieces of 8 elements
     key_token_stride: gl.tensor,
     key_head_stride: gl.tensor,
     value_page_stride: gl.tensor,
@@ -578,8 +579,8 @@ def decode_kernel(
         k_slots = k_ring
         v_slots = v_ring
         k_tail_slots = k_tail_ring
-        key_head = key + kv_head.to(gl.int64) * key_head_stride
-        value_head = value + kv_head.to(gl.int64) * value_head_stride
+        key_head = key + kv_head.to(gl.int64) * key_head_stride * PIECE
+        value_head = value + kv_head.to(gl.int64) * value_head_stride * PIECE
     gl.warp_specialize(
         [
             (attend_part, (

@@ -18,7 +18,7 @@ from taut.common_kernels.merge.triton_kernel import merge_items
 from taut.common_kernels.paged_attention import triton_kernel as portable
 from taut.common_kernels.paged_attention.hopper_decode import decode_kernel
 from taut.common_kernels.paged_attention.hopper_prefill import prefill_kernel
-from taut.common_kernels.paged_attention.hopper_ring import COLUMNS_OF_BOX
+from taut.common_kernels.paged_attention.hopper_ring import COLUMNS_OF_BOX, ELEMENTS_OF_PIECE
 from taut.common_kernels.paged_attention.triton_kernel import halves, tile_facts
 from taut.common_kernels.reference import NoWorkspace
 from taut.common_kernels.schedule.triton_kernel import launch_options
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from taut.common_kernels.tiles import Tile
 
 SMALLEST_BOX = 16  # keys: smaller pages are gathered
-ALIGNMENT = 16  # bytes, of everything that the copy engine is given
+ALIGNMENT = 16  # bytes, of whatever is copied
 
 REGISTERS = 64 * 1024  # of a multiprocessor
 MOST_REGISTERS = 248  # that a thread may be compiled for
@@ -56,20 +56,21 @@ def box_of(page_size: int, keys: int) -> int:
     return page_size if page_size >= SMALLEST_BOX and keys % page_size == 0 else 0
 
 
-def unreachable(query: Tensor, key: Tensor, value: Tensor, out: Tensor, box: int) -> str:
-    """Why the kernels cannot read or write these as they lie in memory; empty when they can.
-
-    The copy engine takes rows that begin at multiples of 16 bytes; threads that gather are compiled for twice that.
-    """
-    elements = ALIGNMENT // 2 * (1 if box else 2)
+def unreachable(query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> str:
+    """Why the kernels cannot read or write these as they lie in memory; empty when they can."""
     for name, tensor in (("keys", key), ("values", value)):
         strides = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1][:-1]
-        if tensor.data_ptr() % ALIGNMENT or any(stride % elements for stride in strides):
-            return f"{name} that begin at multiples of {2 * elements} bytes, not strides {tensor.stride()}"
+        if tensor.data_ptr() % ALIGNMENT or any(stride % ELEMENTS_OF_PIECE for stride in strides):
+            return f"{name} that begin at multiples of {ALIGNMENT} bytes, not strides {tensor.stride()}"
     for name, tensor in (("queries", query), ("keys", key), ("values", value), ("an output", out)):
         if tensor.stride(-1) != 1:
             return f"{name} whose elements lie side by side, not strides {tensor.stride()}"
     return ""
+
+
+def in_pieces(keys: Tensor) -> list[int]:
+    """The strides of page, token and head of keys or values, in copies of 16 bytes."""
+    return [stride // ELEMENTS_OF_PIECE for stride in keys.stride()[:3]]
 
 
 def boxes_of(keys: Tensor, box: int) -> TensorDescriptor:
@@ -112,7 +113,7 @@ def paged_attention(
         raise TypeError("paged_attention of the provider `hopper` needs the workspace that its `workspace` makes")
     if query.shape[0] == 0:
         return
-    reason = unreachable(query, key_cache, value_cache, out, box_of(step.pages.page_size, workspace.tile["keys"]))
+    reason = unreachable(query, key_cache, value_cache, out)
     if reason:
         raise ValueError(f"the provider `hopper` takes {reason}; TAUT_KERNELS=triton takes any")
     longest = workspace.schedule.shape.longest
@@ -188,8 +189,8 @@ def decode(
         mask.left,
         mask.right,
         *query.stride()[:2],
-        *key_cache.stride()[:3],
-        *value_cache.stride()[:3],
+        *in_pieces(key_cache),
+        *in_pieces(value_cache),
         *out.stride()[:2],
         *(lse.stride() if lse is not None else (0, 0)),
         pages.table.stride(0),
@@ -244,7 +245,7 @@ def ragged_attention(
     """
     if query.shape[0] == 0:
         return
-    if len(key) == 0 or unreachable(query, key, value, out, box=1):
+    if len(key) == 0 or unreachable(query, key, value, out):
         portable.ragged_attention(
             query,
             key,
@@ -334,8 +335,8 @@ def launch_prefill(
         mask.left,
         mask.right,
         *query.stride()[:2],
-        *key.stride()[:3],
-        *value.stride()[:3],
+        *in_pieces(key),
+        *in_pieces(value),
         *out.stride()[:2],
         *(lse.stride() if lse is not None else (0, 0)),
         table.stride(0) if table is not None else 0,

@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from taut.common_kernels.gluon_features import THREAD_BARRIERS, first_of
 from taut.common_kernels.paged_attention.hopper_ring import (
     GATHERING_WARPS,
+    PIECE,
     as_boxes,
     clear_dead_keys,
     gather_tile,
@@ -491,7 +492,7 @@ def prefill_kernel(
     right: gl.tensor,
     query_token_stride: gl.tensor,
     query_head_stride: gl.tensor,
-    key_page_stride: gl.tensor,
+    key_page_stride: gl.tensor,  # of keys and values in pieces of 8 elements
     key_token_stride: gl.tensor,
     key_head_stride: gl.tensor,
     value_page_stride: gl.tensor,
@@ -635,9 +636,9 @@ def prefill_kernel(
                     PACK, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, BOX, BLOCK_N, HEAD_MAIN, HEAD_TAIL, STAGES,
                 )),
                 (gather_tiles, (
-                    start, tiles, key + kv_head.to(gl.int64) * key_head_stride,
-                    value + kv_head.to(gl.int64) * value_head_stride, k_ring, k_tail_ring, v_ring, k_full, k_free,
-                    v_full, v_free, table_row, key_page_stride, key_token_stride, value_page_stride,
+                    start, tiles, key + kv_head.to(gl.int64) * key_head_stride * PIECE,
+                    value + kv_head.to(gl.int64) * value_head_stride * PIECE, k_ring, k_tail_ring, v_ring, k_full,
+                    k_free, v_full, v_free, table_row, key_page_stride, key_token_stride, value_page_stride,
                     value_token_stride, first_seen, end_seen, PAGE_SIZE, BLOCK_N, HEAD_MAIN, HEAD_TAIL, STAGES,
                 )),
             ],

@@ -25,6 +25,10 @@ reinterpret = first_of(gl.shared_memory_descriptor, ("reinterpret", "_reinterpre
 COLUMNS_OF_BOX = 64  # elements of a box's row: 128 bytes, as wide as the swizzle
 BOX_COLUMNS = gl.constexpr(COLUMNS_OF_BOX)
 GATHERING_WARPS = gl.constexpr(4)
+# Elements of a copy of 16 bytes. Strides of keys and values are counted in them, so that the compiler knows that every
+# copy begins at a multiple of 16 bytes.
+ELEMENTS_OF_PIECE = 8
+PIECE = gl.constexpr(ELEMENTS_OF_PIECE)
 
 
 @gluon.jit
@@ -156,7 +160,7 @@ def gather_tile(
     v_full: gl.shared_memory_descriptor,
     v_free: gl.shared_memory_descriptor,
     table_row: gl.tensor,
-    key_page_stride: gl.tensor,
+    key_page_stride: gl.tensor,  # strides in pieces
     key_token_stride: gl.tensor,
     value_page_stride: gl.tensor,
     value_token_stride: gl.tensor,
@@ -218,7 +222,7 @@ def gather_columns(
         keys = tile + first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
         seen = (keys >= first_seen) & (keys < end_seen)
         page = gl.load(table_row + keys // PAGE_SIZE, mask=seen, other=0)
-        slots = page.to(gl.int64) * page_stride + (keys % PAGE_SIZE) * token_stride
+        slots = (page.to(gl.int64) * page_stride + (keys % PAGE_SIZE) * token_stride) * PIECE
         gather_load(
             target.slice(first, ROWS, dim=0),
             (source + columns)[None, :] + slots[:, None],
