@@ -51,10 +51,11 @@ def launches(
 ) -> dict[str, tuple[Any, dict[str, Any]]]:
     """The launches of a batch, mixed unless `max_query` bounds it: kernel and arguments by the name in `kernels`."""
     recorders = {name: Recorder(getattr(*place)) for name, place in kernels.items()}
-    for name, (module, attribute) in kernels.items():
-        monkeypatch.setattr(module, attribute, recorders[name])
+    for name, place in kernels.items():
+        monkeypatch.setattr(*place, recorders[name])
+    for module in (triton_kernel, *(module for module, _ in kernels.values())):
         monkeypatch.setattr(module, "device_facts", lambda _: facts_of(target))
-        monkeypatch.setattr(module, "merge_items", lambda *_: None, raising=False)
+        monkeypatch.setattr(module, "merge_items", lambda *_: None)
     triton_kernel.prefill_tile.cache_clear()
 
     kv_heads, tokens = 2, rows * max_query or 40

@@ -1,0 +1,57 @@
+"""The Gluon kernels of `paged_attention` for sm_90, as the built-in table cuts them: what they take of the device."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+
+from compile.launches import compile_for, resources_of
+from compile.test_paged_attention import FEATURES, launches
+from taut.common_kernels.paged_attention import hopper_kernel
+
+HOPPER = {"decode": (hopper_kernel, "decode_kernel"), "prefill": (hopper_kernel, "prefill_kernel")}
+
+
+SHARED_MEMORY, RESERVED = 233_472, 1024  # bytes of a multiprocessor, and of them for each program
+REGISTERS = 64 * 1024  # of a multiprocessor
+
+
+class Taken(NamedTuple):
+    """What an instance takes.
+
+    Args:
+        registers: of a thread when the program starts; warps that load then give some to those that attend.
+        stack: bytes of a thread: a frame of 8 bytes of which nothing is used, and what is spilled.
+        programs: that fit a multiprocessor.
+    """
+
+    registers: int
+    stack: int
+    programs: int
+
+
+CASES: dict[str, tuple[str, dict[str, Any], Taken]] = {
+    "decode, 128": ("decode", {}, Taken(128, 0, 2)),
+    "decode, 256, all features": ("decode", {"head_size": 256, "value_size": 256, **FEATURES}, Taken(248, 0, 1)),
+    "decode, many heads, gathered": ("decode", {"group": 64, "page_size": 1}, Taken(248, 0, 1)),
+    "prefill, 64": ("prefill", {"head_size": 64, "value_size": 64}, Taken(168, 0, 1)),
+    "prefill, 128, all features": ("prefill", FEATURES, Taken(168, 8, 1)),
+    "prefill, 192 and 128": ("prefill", {"head_size": 192}, Taken(168, 8, 1)),
+    "prefill, 128, gathered": ("prefill", {"page_size": 1}, Taken(168, 8, 1)),
+}
+THREADS = {"decode": 8 * 32, "prefill": 12 * 32}  # those that load among them
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_an_instance_takes(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    which, asked, expected = CASES[case]
+    made = launches(monkeypatch, "sm_90", provider=hopper_kernel, kernels=HOPPER, **({"page_size": 64} | asked))
+    compiled = compile_for(*made[which], "sm_90")
+    registers, stack = resources_of(compiled)
+    by_memory = SHARED_MEMORY // (compiled.metadata.shared + RESERVED)
+    by_registers = REGISTERS // (THREADS[which] * registers)
+    assert Taken(registers, stack, min(by_memory, by_registers)) == expected
+    ptx = compiled.asm["ptx"]
+    assert "wgmma.mma_async" in ptx
+    assert ("cp.async.bulk.tensor" in ptx) == ("gathered" not in case)
