@@ -315,6 +315,7 @@ class TautBackend(AttentionBackend):
         **asked: Any,
     ) -> Any:
         """One new token of each request."""
+        self._say_first_step()
         return self._attend(q, k, v, layer, forward_batch, save_kv_cache, **asked)
 
     def forward_extend(
@@ -328,7 +329,13 @@ class TautBackend(AttentionBackend):
         **asked: Any,
     ) -> Any:
         """Prompts and their chunks, mixed batches, verification and what a draft takes in."""
+        self._say_first_step()
         return self._attend(q, k, v, layer, forward_batch, save_kv_cache, **asked)
+
+    def _say_first_step(self) -> None:
+        """Said where SGLang calls, not in `_attend`, which the warm-up calls too."""
+        if self.forward_metadata is not None:
+            selection.say_first_step(self.forward_metadata.batch.rows, self.forward_metadata.batch.tokens)
 
     def _attend(
         self,
@@ -351,7 +358,6 @@ class TautBackend(AttentionBackend):
             raise ValueError(selection.refusal(unknown))
         metadata = self.forward_metadata
         assert metadata is not None
-        selection.say_first_step(metadata.batch.rows, metadata.batch.tokens)
         plan = self._plan(layer, self._queries(metadata))
         if sinks is not None and (plan.absorbed or plan.ragged):
             raise ValueError(selection.refusal(["sinks of MLA (sinks) are not supported"]))

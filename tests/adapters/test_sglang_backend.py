@@ -274,6 +274,7 @@ def test_warm_up_runs_every_kind_of_step_and_leaves_the_cache_alone(monkeypatch:
     assert sorted(steps) == sorted([*decode, *verify, (1, 1, ours.max_tokens)])
     assert made.token_to_kv_pool.keys.isnan().all()
     assert ours.forward_metadata is None
+    assert "step" not in selection._state.said  # no step of SGLang's
     monkeypatch.undo()
     backend.TautBackend(runner(layer())).warm_up()  # the reference runs them, too: rows without keys
 
