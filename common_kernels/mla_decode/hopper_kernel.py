@@ -7,7 +7,7 @@ A tile is 64 keys: 512 columns of latent vectors, which are keys and values at o
 `right`), and 64 columns of rope. It lies in one of two slots of shared memory. The bringing warpgroup waits until a
 half of a slot is `free`, asks for it, and never waits for what it asked for: the barrier `full` of that half tells when
 it is there. It comes as boxes (TMA) where a page holds whole tiles, is gathered by asynchronous copies of 16 bytes
-where it does not, and goes through registers where the cache is float8, to become bfloat16.
+where it does not, and goes through registers where the cache is float8, to become bfloat16, or lies at odd addresses.
 
 Many rows (64 heads times queries a program): FlashMLA's division of labour (its "seesaw"). The result, 64 x 512 in
 float32, fills the registers of two warpgroups: 0 sums up the left half of the values, 1 the right half. The tiles of an
@@ -27,13 +27,13 @@ and they add up what they have at the end of an item.
 Barriers. A tile is the n-th of its part, counted over all items; slot n % 2, phase (n // 2) & 1.
 
 * `full_left`, `full_right` [slot]: one arrival with the bytes of the boxes, or one of each gathering thread, or one of
-  the converting warpgroup, a tile.
+  the storing warpgroup, a tile.
 * `free_left`, `free_right` [slot]: one arrival a tile, after the last product that reads this half. Many rows: of
   warpgroup 0 for the left half and of 1 for the right one. The other warpgroup reads a half only to score, and that
   has ended when it hands over the weights, which this one has waited for (or it is the one that scores).
 * `weighed` [slot], many rows: one arrival a tile, of the warpgroup that scores it. The place of the weights is one for
-  all tiles: warpgroup 1 writes there after its own product has read what 0 wrote; 0 after its product has read what 1
-  wrote, and, where 1 wrote nothing since, after a slot has been filled anew that 1 frees when it has read.
+  all tiles of an item in turn: 1 writes there after its own product has read what 0 wrote, and 0 after its product has
+  read what 1 wrote. The tops lie in a place of their tile's slot, which is filled anew only after both have read them.
 * `query_ready`: two arrivals an item, one of each warpgroup, which bring half of the queries each. The queries of the
   item before are not read any more, for both have arrived at:
 * `totals_ready`: two arrivals an item, when a warpgroup has done all its tiles. Its numbers lie in a place of the
@@ -298,6 +298,14 @@ def _vectors_at(
 
 
 @gluon.jit
+def _numbers(stored: gl.tensor, QUANTISED: gl.constexpr) -> gl.tensor:
+    numbers = stored
+    if QUANTISED:
+        numbers = to_bfloat16(stored)
+    return numbers
+
+
+@gluon.jit
 def _bring_by_threads(
     tensors: gl.tuple,
     buffers: gl.tuple,
@@ -307,9 +315,10 @@ def _bring_by_threads(
     HAS_TABLE_ROWS: gl.constexpr,
     PAGE: gl.constexpr,
     STAGES: gl.constexpr,
+    GATHERED: gl.constexpr,
     QUANTISED: gl.constexpr,
 ) -> None:
-    """A warpgroup gathers keys from pages of any size, or reads bytes and stores the numbers that they stand for."""
+    """A warpgroup gathers keys from pages of any size by asynchronous copies, or reads and stores them."""
     cache, _, _, table, table_rows, items, parts = tensors
     left, right, rope = buffers
     full_left, full_right, free_left, free_right = barriers
@@ -341,22 +350,7 @@ def _bring_by_threads(
                 )
                 slot = n % STAGES
                 phase = (n // STAGES) & 1
-                if QUANTISED:
-                    left_bits = gl.load(here + column)  # all of the tile's bytes are asked for before any is stored
-                    right_bits = gl.load(here + (column + HALF))
-                    rope_bits = gl.load(here + rope_column)
-                    mbarrier.wait(free_left.index(slot), phase ^ 1)
-                    left.index(slot).store(to_bfloat16(left_bits))
-                    fence_async_shared()
-                    thread_barrier()
-                    mbarrier.arrive(full_left.index(slot), count=1)
-                    mbarrier.wait(free_right.index(slot), phase ^ 1)
-                    right.index(slot).store(to_bfloat16(right_bits))
-                    rope.index(slot).store(to_bfloat16(rope_bits))
-                    fence_async_shared()
-                    thread_barrier()
-                    mbarrier.arrive(full_right.index(slot), count=1)
-                else:
+                if GATHERED:
                     mbarrier.wait(free_left.index(slot), phase ^ 1)
                     gather_load(left.index(slot), here + column)
                     async_copy.mbarrier_arrive(full_left.index(slot), increment_count=False)
@@ -364,6 +358,21 @@ def _bring_by_threads(
                     gather_load(right.index(slot), here + (column + HALF))
                     gather_load(rope.index(slot), here + rope_column)
                     async_copy.mbarrier_arrive(full_right.index(slot), increment_count=False)
+                else:
+                    left_stored = gl.load(here + column)  # all of the tile is asked for before any of it is stored
+                    right_stored = gl.load(here + (column + HALF))
+                    rope_stored = gl.load(here + rope_column)
+                    mbarrier.wait(free_left.index(slot), phase ^ 1)
+                    left.index(slot).store(_numbers(left_stored, QUANTISED))
+                    fence_async_shared()
+                    thread_barrier()
+                    mbarrier.arrive(full_left.index(slot), count=1)
+                    mbarrier.wait(free_right.index(slot), phase ^ 1)
+                    right.index(slot).store(_numbers(right_stored, QUANTISED))
+                    rope.index(slot).store(_numbers(rope_stored, QUANTISED))
+                    fence_async_shared()
+                    thread_barrier()
+                    mbarrier.arrive(full_right.index(slot), count=1)
                 n += 1
         row, _, _, _, first_key, end_key, _, _ = _load_item(items, gl.minimum(item + 1, last_item))
 
@@ -379,12 +388,16 @@ def _bring(
     PAGE: gl.constexpr,
     STAGES: gl.constexpr,
     TMA: gl.constexpr,
+    GATHERED: gl.constexpr,
     QUANTISED: gl.constexpr,
 ) -> None:
+    """What keys are brought by depends on where they lie."""
     if TMA:
         _bring_by_tma(tensors, buffers, barriers, numbers, HEAD_BLOCKS, HAS_TABLE_ROWS, PAGE, STAGES)
     else:
-        _bring_by_threads(tensors, buffers, barriers, numbers, HEAD_BLOCKS, HAS_TABLE_ROWS, PAGE, STAGES, QUANTISED)
+        _bring_by_threads(
+            tensors, buffers, barriers, numbers, HEAD_BLOCKS, HAS_TABLE_ROWS, PAGE, STAGES, GATHERED, QUANTISED
+        )
 
 
 @gluon.jit
@@ -1010,7 +1023,8 @@ def mla_decode_kernel(
     ROWS: gl.constexpr,
     PAGE: gl.constexpr,
     CAUSAL: gl.constexpr,
-    TMA: gl.constexpr,
+    TMA: gl.constexpr,  # keys come in boxes
+    GATHERED: gl.constexpr,  # keys come by asynchronous copies
     QUANTISED: gl.constexpr,
     HAS_TABLE_ROWS: gl.constexpr,
     HAS_LSE: gl.constexpr,
@@ -1024,7 +1038,6 @@ def mla_decode_kernel(
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     DTYPE: gl.constexpr = q_nope.dtype.element_ty
-    GATHERED: gl.constexpr = not TMA and not QUANTISED
     left = gl.allocate_shared_memory(DTYPE, [STAGES, KEYS, HALF], TILE)
     right = gl.allocate_shared_memory(DTYPE, [STAGES, KEYS, HALF], TILE)
     rope = gl.allocate_shared_memory(DTYPE, [STAGES, KEYS, ROPE], TILE)
@@ -1071,7 +1084,19 @@ def mla_decode_kernel(
             [
                 (
                     _bring,
-                    (brought, keys, halves, strides, HEAD_BLOCKS, HAS_TABLE_ROWS, PAGE, STAGES, TMA, QUANTISED),
+                    (
+                        brought,
+                        keys,
+                        halves,
+                        strides,
+                        HEAD_BLOCKS,
+                        HAS_TABLE_ROWS,
+                        PAGE,
+                        STAGES,
+                        TMA,
+                        GATHERED,
+                        QUANTISED,
+                    ),
                 ),
                 (
                     _consume_many,
@@ -1134,7 +1159,19 @@ def mla_decode_kernel(
             [
                 (
                     _bring,
-                    (brought, keys, halves, strides, HEAD_BLOCKS, HAS_TABLE_ROWS, PAGE, STAGES, TMA, QUANTISED),
+                    (
+                        brought,
+                        keys,
+                        halves,
+                        strides,
+                        HEAD_BLOCKS,
+                        HAS_TABLE_ROWS,
+                        PAGE,
+                        STAGES,
+                        TMA,
+                        GATHERED,
+                        QUANTISED,
+                    ),
                 ),
                 (
                     _consume_few,
@@ -1182,16 +1219,16 @@ class HopperMlaWorkspace(MlaWorkspace):
     """The workspace of `mla_decode`, with the cache of every layer as boxes for the tensor memory accelerator."""
 
     @cached_property
-    def _boxes(self) -> dict[tuple[int, ...], tuple[TensorDescriptor, TensorDescriptor]]:
+    def _boxes(self) -> dict[tuple[object, ...], tuple[TensorDescriptor, TensorDescriptor]]:
         return {}
 
     def boxes(self, cache: Tensor) -> tuple[TensorDescriptor, TensorDescriptor]:
         """A layer's cache as boxes of 64 keys and 256 columns, and of 64 and 64. Only where it `comes_in_boxes`.
 
         All keys of all pages stand in one line, with a gap of so many keys between two pages as is there in memory.
-        Made once for a layer and kept.
+        Made once for a layer and kept, and the cache with it.
         """
-        key = (cache.data_ptr(), *cache.shape, *cache.stride())
+        key = (cache.data_ptr(), cache.dtype, *cache.shape, *cache.stride())
         if key not in self._boxes:
             pages, page, width = cache.shape
             between, place, _ = cache.stride()
@@ -1217,6 +1254,12 @@ def comes_in_boxes(cache: Tensor) -> bool:
         and between % place == 0
         and cache.data_ptr() % 16 == 0
     )
+
+
+def comes_in_sixteens(cache: Tensor) -> bool:
+    """Whether threads can copy 16 bytes of this cache at a time, as far as Triton knows: it looks for factors of 16."""
+    between, place, column = cache.stride()
+    return column == 1 and place % 16 == 0 and between % 16 == 0 and cache.data_ptr() % 16 == 0
 
 
 def workspace(
@@ -1294,6 +1337,7 @@ def mla_decode(
         PAGE=step.pages.page_size,
         CAUSAL=causal and step.max_query > 1,
         TMA=boxed,
+        GATHERED=not boxed and not quantised and comes_in_sixteens(cache),
         QUANTISED=quantised,
         HAS_TABLE_ROWS=step.pages.rows is not None,
         HAS_LSE=lse is not None,
