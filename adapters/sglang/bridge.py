@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taut.adapters.engine import Touch
@@ -202,10 +204,10 @@ LEDGER = (
         what="Engine.run_scheduler_process_func: what a scheduler's process runs",
         since="0.5.11",
         until="",
-        detected="an attribute of sglang.srt.entrypoints.engine.Engine",
+        detected="named in the source of sglang.srt.entrypoints.engine, whose import needs far more than we do",
         why="`taut audit` watches from inside that process; nothing else uses it",
         ends="when SGLang tells how a step spends its time in attention",
-        probe=lambda: _has_method(ENGINE, "Engine", "run_scheduler_process_func"),
+        probe=lambda: _names(ENGINE, "run_scheduler_process_func"),
     ),
     Touch(
         what="disable_piecewise_cuda_graph, a switch of its own for captured prompts",
@@ -264,6 +266,12 @@ def _has(module: str, *names: str) -> bool:
 
 def _has_method(module: str, owner: str, name: str) -> bool:
     return _has(module, owner) and hasattr(getattr(import_module(module), owner), name)
+
+
+def _names(module: str, word: str) -> bool:
+    """Whether the source of a module of SGLang's has a word in it; the module is not imported."""
+    spec = find_spec(module)
+    return spec is not None and spec.origin is not None and word in Path(spec.origin).read_text()
 
 
 def engine_version() -> str:

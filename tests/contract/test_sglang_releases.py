@@ -19,7 +19,12 @@ from contract.sglang_releases import FOLDER, RELEASES
 
 ROOT = Path(__file__).resolve().parents[2]
 # What a release may lack, by the beginning of its entry in the ledger.
-OF_SOME_RELEASES = ("add_draft_attention_backend_choices", "MLA_ATTENTION_BACKENDS", "metadata for CUDA graphs")
+OF_SOME_RELEASES = (
+    "add_draft_attention_backend_choices",
+    "MLA_ATTENTION_BACKENDS",
+    "metadata for CUDA graphs",
+    "disable_piecewise_cuda_graph",
+)
 # Hooks for backends that keep their metadata in a captured prefill, which ours does not ask for.
 NOT_ASKED_FOR = {
     "init_forward_metadata_for_breakable_cuda_graph_capture",
