@@ -1,18 +1,24 @@
-"""`mla_decode` of the provider `triton` at real sizes, from captured graphs, and past 2^31 elements."""
+"""`mla_decode` of each provider at real sizes, from captured graphs, and past 2^31 elements."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from cases import MlaCase, assert_close, build_mla, relative_error
 
-from taut.common_kernels import portable, reference
+from taut.common_kernels import reference
 from taut.common_kernels.problem import Problem
 from taut.common_kernels.step import PageTable, Step
+from taut.common_kernels.targets import target_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Serving = Callable[[Problem], Any]
 
 DEVICE = "cuda:0"
 BATCHES: dict[str, dict[str, Any]] = {
@@ -30,34 +36,38 @@ BATCHES: dict[str, dict[str, Any]] = {
 }
 
 
+def check(serving: Serving, case: MlaCase) -> None:
+    target = target_of(torch.device(DEVICE))
+    kernels = serving(case.problem(target))
+    inputs = build_mla(case, DEVICE)
+    assert_close(inputs.run(kernels, target), inputs.expected(), case.dtype)
+
+
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("heads", [1, 16, 20, 32, 64, 96, 128])
-def test_contract(heads: int, batch: str) -> None:
+def test_contract(serving: Serving, heads: int, batch: str) -> None:
     case = MlaCase(q_heads=heads, latent=512, rope=64, dtype="bfloat16", **({"page_size": 64} | BATCHES[batch]))
-    inputs = build_mla(case, DEVICE)
-    assert_close(inputs.run(portable), inputs.expected(), case.dtype)
+    check(serving, case)
 
 
 @pytest.mark.parametrize("latent", [128, 256])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("heads", [16, 128])
-def test_other_ranks(heads: int, latent: int, dtype: str) -> None:
+def test_other_ranks(serving: Serving, heads: int, latent: int, dtype: str) -> None:
     case = MlaCase(q_heads=heads, latent=latent, rope=64, dtype=dtype, page_size=32, **BATCHES["decode"])
-    inputs = build_mla(case, DEVICE)
-    assert_close(inputs.run(portable), inputs.expected(), case.dtype)
+    check(serving, case)
 
 
 @pytest.mark.parametrize("batch", ["decode", "mixed"])
 @pytest.mark.parametrize("heads", [16, 128])
-def test_float8_caches(heads: int, batch: str) -> None:
+def test_float8_caches(serving: Serving, heads: int, batch: str) -> None:
     case = MlaCase(q_heads=heads, latent=512, rope=64, dtype="bfloat16", **BATCHES[batch])
     case = replace(case, cache_dtype="float8_e4m3fn", scales="tensor")
-    inputs = build_mla(case, DEVICE)
-    assert_close(inputs.run(portable), inputs.expected(), case.dtype)
+    check(serving, case)
 
 
 @pytest.mark.parametrize("heads", [16, 128])
-def test_a_captured_graph_replayed_with_other_lengths(heads: int) -> None:
+def test_a_captured_graph_replayed_with_other_lengths(serving: Serving, heads: int) -> None:
     """Captured with one batch, replayed with others, with longer rows than any at the capture."""
     rows, page, longest = 40, 64, 5000
     pages = math.ceil(longest / page)
@@ -69,12 +79,15 @@ def test_a_captured_graph_replayed_with_other_lengths(heads: int) -> None:
     step = Step(starts, lengths, PageTable(table, page), 1, 100)
     out, right = (torch.empty(rows, heads, 512, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
     lse, right_lse = (torch.empty(rows, heads, device=DEVICE) for _ in range(2))
-    problem = Problem("mla_decode", "sm_90", "bfloat16", "bfloat16", heads, 1, 576, 512, page, 1)
-    workspace = portable.workspace(problem, rows, rows, DEVICE)
+    problem = Problem(
+        "mla_decode", target_of(torch.device(DEVICE)), "bfloat16", "bfloat16", heads, 1, 576, 512, page, 1
+    )
+    kernels = serving(problem)
+    workspace = kernels.workspace(problem, rows, rows, DEVICE)
 
     def run() -> None:
         workspace.prepare(step)
-        portable.mla_decode(q_nope, q_pe, cache, step, out, scale=0.07, lse=lse, workspace=workspace)
+        kernels.mla_decode(q_nope, q_pe, cache, step, out, scale=0.07, lse=lse, workspace=workspace)
 
     run()  # compiles
     torch.cuda.synchronize()
@@ -100,7 +113,7 @@ def test_a_captured_graph_replayed_with_other_lengths(heads: int) -> None:
         torch.testing.assert_close(lse, right_lse, rtol=1e-3, atol=1e-3)
 
 
-def test_offsets_beyond_two_to_the_31() -> None:
+def test_offsets_beyond_two_to_the_31(serving: Serving) -> None:
     """The pages that are used lie past 2^32 elements of the cache."""
     page, pages = 64, 120_000
     cache = torch.zeros(pages, page, 576, dtype=torch.bfloat16, device=DEVICE)
@@ -111,9 +124,10 @@ def test_offsets_beyond_two_to_the_31() -> None:
     lengths = torch.tensor([1280, 700], dtype=torch.int32, device=DEVICE)
     step = Step(torch.tensor([0, 1, 2], dtype=torch.int32, device=DEVICE), lengths, PageTable(used, page), 1, 1280)
     out, right = (torch.full((2, 16, 512), math.nan, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
-    problem = Problem("mla_decode", "sm_90", "bfloat16", "bfloat16", 16, 1, 576, 512, page, 1)
-    workspace = portable.workspace(problem, 2, 2, DEVICE)
+    problem = Problem("mla_decode", target_of(torch.device(DEVICE)), "bfloat16", "bfloat16", 16, 1, 576, 512, page, 1)
+    kernels = serving(problem)
+    workspace = kernels.workspace(problem, 2, 2, DEVICE)
     workspace.prepare(step)
-    portable.mla_decode(q_nope, q_pe, cache, step, out, scale=0.07, workspace=workspace)
+    kernels.mla_decode(q_nope, q_pe, cache, step, out, scale=0.07, workspace=workspace)
     reference.mla_decode(q_nope, q_pe, cache, step, right, scale=0.07)
     assert relative_error(out.cpu(), right.cpu()) < 1e-2

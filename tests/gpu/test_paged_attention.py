@@ -1,18 +1,24 @@
-"""`paged_attention` and `ragged_attention` of the provider `triton`: real sizes, captured graphs, huge offsets."""
+"""`paged_attention` and `ragged_attention` of each provider: real sizes, captured graphs, huge offsets."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from cases import PagedCase, assert_close, build_paged, build_ragged, relative_error
 
-from taut.common_kernels import portable, reference
+from taut.common_kernels import reference
 from taut.common_kernels.problem import Problem
 from taut.common_kernels.step import Mask, PageTable, Step
 from taut.common_kernels.targets import target_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Serving = Callable[[Problem], Any]
 
 DEVICE = "cuda:0"
 BATCHES: dict[str, dict[str, Any]] = {
@@ -31,57 +37,58 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 
 
-def check(case: PagedCase) -> None:
-    inputs = build_paged(case, DEVICE)
-    assert_close(inputs.run(portable, target_of(torch.device(DEVICE))), inputs.expected(), case.dtype)
+def check(serving: Serving, case: PagedCase, operation: Any = "paged_attention") -> None:
+    target = target_of(torch.device(DEVICE))
+    kernels = serving(replace(case.problem(target), operation=operation))
+    inputs = (build_paged if operation == "paged_attention" else build_ragged)(case, DEVICE)
+    assert_close(inputs.run(kernels, target), inputs.expected(), case.dtype)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("feature", FEATURES)
-def test_contract(batch: str, feature: str) -> None:
+def test_contract(serving: Serving, batch: str, feature: str) -> None:
     sizes = {"q_heads": 8, "kv_heads": 2, "head_size": 128, "value_size": 128}
-    check(PagedCase(**sizes, dtype="bfloat16", **BATCHES[batch], **FEATURES[feature]))
+    check(serving, PagedCase(**sizes, dtype="bfloat16", **BATCHES[batch], **FEATURES[feature]))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize(
     ("head_size", "value_size"), [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)]
 )
-def test_head_sizes(head_size: int, value_size: int, dtype: str) -> None:
-    check(PagedCase(**BATCHES["mixed"], head_size=head_size, value_size=value_size, dtype=dtype))
+def test_head_sizes(serving: Serving, head_size: int, value_size: int, dtype: str) -> None:
+    check(serving, PagedCase(**BATCHES["mixed"], head_size=head_size, value_size=value_size, dtype=dtype))
 
 
 @pytest.mark.parametrize(("q_heads", "kv_heads"), [(4, 4), (28, 4), (8, 1), (40, 1), (128, 1)])
 @pytest.mark.parametrize("batch", ["decode", "mixed"])
-def test_groups(q_heads: int, kv_heads: int, batch: str) -> None:
+def test_groups(serving: Serving, q_heads: int, kv_heads: int, batch: str) -> None:
     sizes = {"head_size": 64, "value_size": 64, "q_heads": q_heads, "kv_heads": kv_heads}
-    check(PagedCase(**BATCHES[batch], **sizes, dtype="bfloat16"))
+    check(serving, PagedCase(**BATCHES[batch], **sizes, dtype="bfloat16"))
 
 
 @pytest.mark.parametrize("page_size", [1, 7, 16, 64, 128, 256])
 @pytest.mark.parametrize("batch", ["decode", "mixed"])
-def test_page_sizes(page_size: int, batch: str) -> None:
-    check(PagedCase(**BATCHES[batch], page_size=page_size, head_size=128, value_size=128, dtype="bfloat16"))
+def test_page_sizes(serving: Serving, page_size: int, batch: str) -> None:
+    check(serving, PagedCase(**BATCHES[batch], page_size=page_size, head_size=128, value_size=128, dtype="bfloat16"))
 
 
 @pytest.mark.parametrize("scales", ["none", "tensor", "head"])
 @pytest.mark.parametrize(("head_size", "value_size"), [(64, 64), (128, 128), (192, 128), (256, 256)])
-def test_float8_caches(head_size: int, value_size: int, scales: Any) -> None:
+def test_float8_caches(serving: Serving, head_size: int, value_size: int, scales: Any) -> None:
     sizes = {"head_size": head_size, "value_size": value_size}
-    check(PagedCase(**BATCHES["mixed"], **sizes, dtype="bfloat16", cache_dtype="float8_e4m3fn", scales=scales))
+    check(serving, PagedCase(**BATCHES["mixed"], **sizes, dtype="bfloat16", cache_dtype="float8_e4m3fn", scales=scales))
 
 
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize(("head_size", "value_size"), [(128, 128), (192, 128)])
-def test_ragged(feature: str, head_size: int, value_size: int) -> None:
+def test_ragged(serving: Serving, feature: str, head_size: int, value_size: int) -> None:
     batch = BATCHES["mixed"] | {"strided_query": True}
     case = PagedCase(**batch, head_size=head_size, value_size=value_size, dtype="bfloat16", **FEATURES[feature])
-    inputs = build_ragged(case, DEVICE)
-    assert_close(inputs.run(portable, target_of(torch.device(DEVICE))), inputs.expected(), case.dtype)
+    check(serving, case, "ragged_attention")
 
 
 @pytest.mark.parametrize("queries", [1, 3, 40])
-def test_a_captured_graph_replayed_with_other_lengths(queries: int) -> None:
+def test_a_captured_graph_replayed_with_other_lengths(serving: Serving, queries: int) -> None:
     """Captured with one batch, replayed with others, with longer rows than any at the capture."""
     rows, page, longest, q_heads, kv_heads, size = 24, 16, 5000, 32, 8, 128
     pages = math.ceil(longest / page)
@@ -99,11 +106,12 @@ def test_a_captured_graph_replayed_with_other_lengths(queries: int) -> None:
         "paged_attention", target, "bfloat16", "bfloat16", q_heads, kv_heads, size, size, page, queries,
         frozenset({"causal", "lse"}),
     )  # fmt: skip
-    workspace = portable.workspace(problem, rows, tokens, DEVICE)
+    kernels = serving(problem)
+    workspace = kernels.workspace(problem, rows, tokens, DEVICE)
 
     def run() -> None:
         workspace.prepare(step)
-        portable.paged_attention(query, keys, values, step, Mask(), out, scale=0.09, lse=lse, workspace=workspace)
+        kernels.paged_attention(query, keys, values, step, Mask(), out, scale=0.09, lse=lse, workspace=workspace)
 
     run()  # compiles
     torch.cuda.synchronize()
@@ -136,7 +144,7 @@ def test_a_captured_graph_replayed_with_other_lengths(queries: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 8, 64])
-def test_attention_waits_for_what_was_stored(rows: int) -> None:
+def test_attention_waits_for_what_was_stored(serving: Serving, rows: int) -> None:
     """Schedule, store and attention one after another, many times: each is launched before the last has ended."""
     page, context, q_heads, kv_heads, size, repeats = 16, 600, 32, 8, 128, 50
     pages = math.ceil(context / page)
@@ -152,14 +160,15 @@ def test_attention_waits_for_what_was_stored(rows: int) -> None:
     outs = torch.full((repeats, rows, q_heads, size), math.nan, dtype=torch.bfloat16, device=DEVICE)
     target = target_of(torch.device(DEVICE))
     problem = Problem("paged_attention", target, "bfloat16", "bfloat16", q_heads, kv_heads, size, size, page, 1)
-    workspace = portable.workspace(problem, rows, rows, DEVICE)
+    kernels = serving(problem)
+    workspace = kernels.workspace(problem, rows, rows, DEVICE)
 
     def run() -> None:
         for i in range(repeats):
             lengths.fill_(context - repeats + i + 1)
             workspace.prepare(step)
-            portable.store_kv(new[0][i], new[1][i], *caches, slots[i])
-            portable.paged_attention(query, *caches, step, Mask(), outs[i], scale=0.09, workspace=workspace)
+            kernels.store_kv(new[0][i], new[1][i], *caches, slots[i])
+            kernels.paged_attention(query, *caches, step, Mask(), outs[i], scale=0.09, workspace=workspace)
 
     run()  # compiles
     torch.cuda.synchronize()
@@ -180,7 +189,7 @@ def test_attention_waits_for_what_was_stored(rows: int) -> None:
 
 
 @pytest.mark.parametrize("queries", [1, 100])
-def test_offsets_beyond_two_to_the_31(queries: int) -> None:
+def test_offsets_beyond_two_to_the_31(serving: Serving, queries: int) -> None:
     """The pages that are used lie past 2^32 elements of the cache."""
     page, pages = 64, 70_000
     cache = torch.zeros(2, pages, page, 8, 128, dtype=torch.bfloat16, device=DEVICE)
@@ -194,8 +203,9 @@ def test_offsets_beyond_two_to_the_31(queries: int) -> None:
     out, right = (torch.full((2 * queries, 32, 128), math.nan, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
     target = target_of(torch.device(DEVICE))
     problem = Problem("paged_attention", target, "bfloat16", "bfloat16", 32, 8, 128, 128, page, queries)
-    workspace = portable.workspace(problem, 2, 2 * queries, DEVICE)
+    kernels = serving(problem)
+    workspace = kernels.workspace(problem, 2, 2 * queries, DEVICE)
     workspace.prepare(step)
-    portable.paged_attention(query, cache[0], cache[1], step, Mask(), out, scale=0.09, workspace=workspace)
+    kernels.paged_attention(query, cache[0], cache[1], step, Mask(), out, scale=0.09, workspace=workspace)
     reference.paged_attention(query, cache[0], cache[1], step, Mask(), right, scale=0.09)
     assert relative_error(out.cpu(), right.cpu()) < 1e-2
