@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -59,6 +60,20 @@ def test_mla_as_hugging_face(experts: bool, tmp_path: Path) -> None:
     assert ours.ids[1] == ours.ids[0]
     assert ours.cached[2][0] > 0
     assert ours.ids[2] == hugging_face(folder, longer, 32)
+
+
+def test_a_long_prompt_of_mla_is_never_absorbed(tmp_path: Path) -> None:
+    """In four chunks, as 30000 tokens are in chunks of 8192: each chunk but the first is served in one shot."""
+    folder = make(tmp_path / "model", experts=False)
+    prompt = [(7 * i + i * i) % 500 + 3 for i in range(1500)]
+    ours = generate(
+        "on", [[prompt]], model=folder, tokens=8, skip_tokenizer_init=True, disable_radix_cache=True,
+        chunked_prefill_size=400,
+    )  # fmt: skip
+    ours.assert_ours_served("MLA")
+    forms = set(re.findall(r"prompts are served in SGLang's form (\w+)", ours.log))
+    assert forms == {"MHA", "MHA_ONE_SHOT"}
+    assert ours.ids[0] == hugging_face(folder, [prompt], 8)
 
 
 def refused(attention: str | None, **engine: Any) -> str:
