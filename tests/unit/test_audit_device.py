@@ -56,6 +56,8 @@ EVENTS = [
     operator("aten::fill_", 23.0, 4.0),
     call("cudaLaunchKernel", 24.0, 2),
     on_device("fill", 2, "kernel"),
+    call("cudaMemsetAsync", 25.5, 10),  # part of that fill
+    on_device("Memset (Device)", 10, "gpu_memset"),
     call("cudaMemsetAsync", 31.0, 3),  # a library's own
     on_device("Memset (Device)", 3, "gpu_memset"),
     operator("aten::copy_", 40.0, 5.0),  # one copy

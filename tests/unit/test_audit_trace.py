@@ -156,6 +156,15 @@ def test_lines() -> None:
     assert {event.at.file for event in layer.events if event.at} == {"unit/test_audit_trace.py"}
 
 
+def test_a_helper_of_the_backends_is_the_place_and_the_backend_the_way_there() -> None:
+    elsewhere: dict[str, Any] = {"__name__": "engine.helpers.merge"}
+    exec(compile("def merge(x):\n    return x.zero_()\n", "/somewhere/merge.py", "exec"), elsewhere)
+    (event,) = traced(lambda x: elsewhere["merge"](x))
+    assert str(event.at) == "engine/helpers/merge.py:2"
+    assert event.through is not None
+    assert event.through.file == "unit/test_audit_trace.py"
+
+
 def test_times_stand_inside_one_another() -> None:
     for scope in step_of(*watched()):
         for event in scope.events:
