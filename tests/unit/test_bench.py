@@ -253,11 +253,15 @@ def test_peers_beside_ours() -> None:
 
 
 def test_what_is_not_written_is_not_right() -> None:
-    """The output is poison before the call, so that a kernel that writes nothing has an infinite error."""
+    """The output is poison before each call: a kernel that writes nothing does not pass with what another one wrote."""
     from taut.benchmarks.tasks import TASKS, relative_error
+    from taut.common_kernels import reference
 
-    task = TASKS["merge"](OPERATIONS["merge"].shapes(SMALL["merge"])[0], "cpu")
-    assert relative_error(task.result(lambda: task.out), task.parts[0]) == math.inf  # type: ignore[attr-defined]
+    for name in ("merge", "store_kv"):
+        task = TASKS[name](OPERATIONS[name].shapes(SMALL[name])[0], "cpu")
+        right = task.result(task.call(reference))  # type: ignore[arg-type]
+        assert relative_error(task.result(task.call(reference)), right) == 0.0  # type: ignore[arg-type]
+        assert relative_error(task.result(lambda task=task: task.out), right) >= 1.0  # type: ignore[misc]
 
 
 def test_a_provider_that_cannot_serve_is_left_out() -> None:

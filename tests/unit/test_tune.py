@@ -201,20 +201,29 @@ def test_it_is_cut_short(numbers: list[tuple[float, float]], most: int) -> None:
 
 
 def test_what_needs_more_than_a_misfit_is_not_tried() -> None:
-    """The largest keys do not fit: from a second start on nothing with them is measured again."""
+    """(16, 3) does not fit, so that (32, 3) is never compiled; (32, 2) is, since nothing is known of it."""
+    space = Space({"keys": (16, 32, 64), "stages": (1, 2, 3)}, (), lambda _tile, _facts: True)
 
     class Small(Timer):
         def outcome(self, tile: Tile, limits: Sequence[float] | None) -> Outcome:
-            if tile["keys"] >= 32:
+            if tile["keys"] * tile["stages"] > 32:
                 return Outcome("does not fit", why="too large")
             return super().outcome(tile, limits)
 
-    timer = Small(lambda tile: [10.0 - tile["a"]])
-    found = search(SMALL, {}, {"a": 1, "b": 1, "keys": 16}, timer)
-    assert found.best["a"] == 4
-    tried = [tile for tile in timer.asked if tile["keys"] == 64]
-    assert [tile["a"] for tile in tried] == [1, 4]  # 32 was tried in the same round, and what differs in `a` may fit
-    assert found.counts["does not fit"] == 4
+    timer = Small(lambda tile: [100.0 - tile["keys"]])
+    found = search(space, {}, {"keys": 16, "stages": 1}, timer)
+    assert found.best == {"keys": 32, "stages": 1}
+    tried = [(tile["keys"], tile["stages"]) for tile in timer.asked]
+    assert tried == [(16, 1), (32, 1), (64, 1), (16, 2), (16, 3), (32, 2)]
+    assert found.counts == {"timed": 3, "does not fit": 3}
+
+
+def test_slower_on_one_shape_cannot_be_chosen() -> None:
+    """Whatever the others gain, and even if the timer did not give it up."""
+    before = Outcome("timed", (10.0, 10.0))
+    assert score(Outcome("timed", (1.0, 10.2)), before) == float("inf")
+    assert score(Outcome("timed", (1.0, 10.05)), before) < 1
+    assert score(Outcome("slower", (1.0, 9.0)), before) == float("inf")
 
 
 def test_wrong_numbers_are_never_chosen() -> None:
