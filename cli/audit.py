@@ -305,13 +305,14 @@ def _show_findings(judged: Summary, console: Console) -> None:
     places: dict[tuple[str, str], list[Finding]] = {}
     for finding in judged.findings:
         around = "" if finding.by == "backend" else "the engine around it, "
-        scope = "" if finding.scope == "run" else f"{finding.layers} layers" if finding.layers else finding.scope
+        layers = f"{finding.layers} layers" if finding.layers > 1 else "1 layer"
+        scope = "" if finding.scope == "run" else layers if finding.layers else finding.scope
         places.setdefault((finding.where, around + scope), []).append(finding)
     for (where, scope), found in list(places.items())[:MOST_PLACES]:
         console.print(f"[bold]{where}[/]" + (f" ({scope})" if scope else ""), highlight=False, soft_wrap=True)
         for finding in found:
             size = f", {_bytes(finding.size)}" if finding.size else ""
-            console.print(f"    {finding.count:g} {finding.kind}: {finding.operation}{size}", highlight=False)
+            console.print(f"    {finding.count:g} x {finding.kind}: {finding.operation}{size}", highlight=False)
     if len(places) > MOST_PLACES:
         console.print(f"… and {len(places) - MOST_PLACES} more lines of code: --json has them all")
     for kind, advice in {finding.kind: finding.advice for finding in judged.findings}.items():
