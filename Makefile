@@ -10,7 +10,7 @@ MODEL := .models/SmolLM2-135M-Instruct
 PIP := $(BIN)/python -m pip --disable-pip-version-check install $(shell [ -t 2 ] || echo -q)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit kernels contract engines sglang sglang-demo sglang-releases sglang-contract environment model clean
+.PHONY: help demo test lint unit kernels mutants contract engines sglang sglang-demo sglang-releases sglang-contract environment model clean
 
 help:
 	@echo "make demo   text from a real engine, its own attention beside ours (sets everything up first)"
@@ -47,6 +47,11 @@ kernels: $(VENV)/tests.done
 	$(BIN)/python -m pytest -q -n 2 tests/emulated
 	@echo "==> every kernel compiled for every GPU target, without a GPU"
 	$(BIN)/python -m pytest -q -n 2 tests/compile
+
+# Not in `make test`, for it takes minutes: each wait and fence of the Hopper kernels left out, which must be noticed.
+mutants: $(VENV)/tests.done
+	@echo "==> the Gluon kernels emulated, each time without one of their waits or fences"
+	$(BIN)/python -m pytest -q -n 2 tests/emulated/mutants.py
 
 # Not in `make test`, since it fetches about 1 GB once, of which 260 MB of Python stay: VLLM_RELEASES="0.24.0 0.27.1" make contract for others.
 contract: $(VENV)/tests.done

@@ -9,7 +9,8 @@
 `install` puts modules of its own in place of `triton.experimental.gluon` and those below it. A kernel's own Triton
 kernels (a schedule, a merge) run beside it under Triton's interpreter. `replace("name", function)` calls a Python
 function on emulated tensors (`values.Tensor`) instead of the jitted function of that name: for inline assembly. An
-error names the line of the kernel, the program, and the seed that shows it again.
+error names the line of the kernel, the program, and the seed that shows it again. `without(file, line)` runs a kernel
+without one statement, to see whether that would be noticed.
 
 What is modelled
 * Numbers: Triton's promotion and rounding, integers of 32 and 64 bits that wrap, division toward zero, NaN that
@@ -34,14 +35,15 @@ What is modelled
 What is not
 * Threads and warps of a partition: it runs as one. Barriers between its own threads, which the compiler puts in, are
   taken for granted; so is that a cp.async arrival with increment_count is not overtaken.
+* That barriers must be seen to be made: the fence behind `mbarrier.init` may be missing.
 * Programs that wait for one another, clusters, multicast, named barriers, programmatic launch: no effect or an error.
 * Speed, registers, bank conflicts; the order in which a product sums.
 """
 
 from __future__ import annotations
 
-from gluon_emulator.jit import Settings, replace, seeded
+from gluon_emulator.jit import Settings, replace, seeded, without
 from gluon_emulator.modules import install
 from gluon_emulator.values import EmulationError
 
-__all__ = ["EmulationError", "Settings", "install", "replace", "seeded"]
+__all__ = ["EmulationError", "Settings", "install", "replace", "seeded", "without"]

@@ -33,12 +33,24 @@ class Settings:
     Attributes:
         seed: of everything random.
         replaced: what is called instead of a jitted function, by its name.
+        left_out: file and line of a statement that is not run.
         launches: kernels that were launched: a test can see that it tested something.
     """
 
     seed: int = 0
     replaced: dict[str, Callable[..., Any]] = {}  # noqa: RUF012
+    left_out: tuple[str, int] = ("", 0)
     launches: list[str] = []  # noqa: RUF012
+
+
+@contextmanager
+def without(file: str, line: int) -> Iterator[None]:
+    """Run jitted functions without the statement of this line: a kernel that needs it must then be seen to fail."""
+    Settings.left_out = (file, line)
+    try:
+        yield
+    finally:
+        Settings.left_out = ("", 0)
 
 
 @contextmanager
@@ -74,15 +86,17 @@ class Jitted:
         self.signature = inspect.signature(fn)
         self.arg_names = list(self.signature.parameters)
         self.kept = {self.arg_names[name] if isinstance(name, int) else name for name in do_not_specialize}
-        self._rewritten: Callable[..., Any] | None = None
+        self._rewritten: dict[int, Callable[..., Any]] = {}  # by the line that is left out
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         program()  # there must be one
         function = Settings.replaced.get(self.__name__)
         if function is None:
-            if self._rewritten is None:
-                self._rewritten = rewritten(self.fn)
-            function = self._rewritten
+            file, line = Settings.left_out
+            line = line if file == self.fn.__code__.co_filename else 0
+            if line not in self._rewritten:
+                self._rewritten[line] = rewritten(self.fn, line)
+            function = self._rewritten[line]
         return function(*arguments, **named)
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
@@ -202,6 +216,12 @@ CALLED_INSTEAD = {"range": "_emulated_range", "max": "_emulated_max", "min": "_e
 
 
 class _Rewriter(ast.NodeTransformer):
+    def __init__(self, left_out: int) -> None:
+        self.left_out = left_out
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST:
+        return ast.Pass() if node.lineno == self.left_out else self.generic_visit(node)
+
     def _call(self, name: str, value: ast.expr) -> ast.Call:
         return ast.Call(ast.Name(name, ast.Load()), [value], [])
 
@@ -235,8 +255,8 @@ class _Rewriter(ast.NodeTransformer):
         return ast.Assign([node.target], self._call(word, node.value))
 
 
-def rewritten(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """A function with the compiler's meaning of assignments and loops; its lines stay where they are."""
+def rewritten(fn: Callable[..., Any], left_out: int = 0) -> Callable[..., Any]:
+    """A function with the compiler's meaning of assignments and loops; its lines stay where they are, but for one."""
     lines, first = inspect.getsourcelines(fn)
     tree = ast.parse(textwrap.dedent("".join(lines)))
     ast.increment_lineno(tree, first - 1)
@@ -246,7 +266,7 @@ def rewritten(fn: Callable[..., Any]) -> Callable[..., Any]:
     definition.returns = None
     for argument in (*definition.args.args, *definition.args.kwonlyargs):
         argument.annotation = None
-    changed = ast.fix_missing_locations(_Rewriter().visit(tree))
+    changed = ast.fix_missing_locations(_Rewriter(left_out).visit(tree))
     code = compile(changed, inspect.getsourcefile(fn) or "?", "exec", dont_inherit=True)
     fn.__globals__.update(WORDS)
     made: dict[str, Any] = {}
