@@ -62,6 +62,7 @@ CASES: dict[str, MlaCase] = {
     "16 rows, gathered, several queries": MlaCase(q_heads=4, page_size=1, strided_query=True, **SEVERAL),
     "16 rows, float8": MlaCase(q_heads=12, page_size=16, cache_dtype="float8_e4m3fn", scales="tensor", **RAGGED),
     "32 rows, boxes, several queries": MlaCase(q_heads=8, page_size=64, **SEVERAL),
+    "8 rows, boxes, slots filled often": MlaCase(q_heads=8, page_size=64, lengths=(1000, 3), queries=(1, 1)),
     "nobody has keys": MlaCase(q_heads=64, lengths=(0, 0), queries=(1, 2), page_size=64),
 }
 
