@@ -18,6 +18,7 @@ help:
 	@echo "make sglang  the same for SGLang: its CPU engine, in an environment of its own"
 	@echo "make sglang-demo  the demo with SGLang, in that environment"
 	@echo "make sglang-releases  the same on three other releases of SGLang (fetches 400 MB once)"
+	@echo "make mutants  every wait and fence of the Hopper kernels left out once, which must be noticed"
 	@echo "make contract  our classes against seven real releases of vLLM (fetches 1 GB once)"
 	@echo "make clean  remove what both have set up"
 
