@@ -105,11 +105,13 @@ class Prefill:
 
     Args:
         kernels: who computes.
+        workspace: what they need for it.
         scale: of the scores.
     """
 
-    def __init__(self, kernels: Kernels, scale: float) -> None:
+    def __init__(self, kernels: Kernels, workspace: Workspace, scale: float) -> None:
         self.kernels = kernels
+        self.workspace = workspace
         self.scale = scale
         self.metadata: Any = None
 
@@ -193,6 +195,7 @@ class Prefill:
             max_query=max_query,
             max_length=max_length,
             lse=None if lse is None else lse.t(),
+            workspace=self.workspace,
         )
         return out if lse is None else (out, lse)
 
@@ -230,7 +233,8 @@ class TautMLAMetadataBuilder(MLACommonMetadataBuilder[Any]):
         # The layers of a group share the shape of their cache: one schedule and one scratch serve them all.
         self.layer = bridge.layers(vllm_config, layer_names)[0]
         implementation: TautMLAImplementation = self.layer.impl
-        bridge.prefill_through(self, Prefill(implementation.prefill_kernels, implementation.scale))
+        prefill = Prefill(implementation.prefill_kernels, implementation.prefill_workspace, implementation.scale)
+        bridge.prefill_through(self, prefill)
         self.page_size = kv_cache_spec.block_size
         problem = replace(implementation.problem, page_size=self.page_size, max_query=self.reorder_batch_threshold)
         rows = vllm_config.scheduler_config.max_num_seqs
@@ -389,9 +393,9 @@ class TautMLAImplementation(MLACommonImpl[Any]):
             decode = replace(decode, features=decode.features | {"lse"})
         self.problem = decode
         self.kernels: Kernels = serving_kernels("MLA", decode)
-        self.prefill_kernels: Kernels = serving_kernels(
-            "MLA", prefill_problem(dtype=dtype, heads=num_heads, key_size=self.qk_head_dim, value_size=self.v_head_dim)
-        )
+        prefill = prefill_problem(dtype=dtype, heads=num_heads, key_size=self.qk_head_dim, value_size=self.v_head_dim)
+        self.prefill_kernels: Kernels = serving_kernels("MLA", prefill)
+        self.prefill_workspace = self.prefill_kernels.workspace(prefill, 0, 0, str(device()), table_path())
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         """No: vLLM then quantises the output by itself."""
@@ -554,6 +558,7 @@ class TautMLAImplementation(MLACommonImpl[Any]):
             max_query=max_query,
             max_length=max_length,
             lse=lse,
+            workspace=self.prefill_workspace,
         )
 
 

@@ -273,6 +273,24 @@ def test_a_prefill_without_context_writes_into_the_engines_output(monkeypatch: p
     )
 
 
+def test_the_table_that_the_user_named_reaches_the_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    kernels = SimpleNamespace(
+        workspace=lambda *asked: asked, ragged_attention=lambda *_, workspace, **__: given.append(workspace)
+    )
+    monkeypatch.setattr(mla, "serving_kernels", lambda *_: kernels)
+    monkeypatch.setattr(mla, "table_path", lambda: "mine.json")
+    layer = Layer()
+    made, common = implementation(layer), batch([5, 3], [5, 3])
+    metadata = builder(made, monkeypatch).build(0, common)
+    new, query = torch.randn(8, RANK + ROPE), torch.randn(8, HEADS, NOPE + ROPE)
+    output = torch.empty(8, HEADS * VALUE)
+    made.forward_mha(query, new[:, :RANK], new[:, None, RANK:], new, metadata, layer._k_scale, output=output)
+    metadata.prefill.prefill_backend.run_prefill_new_tokens(query, query, query[..., :VALUE], False)
+    assert [asked[0].operation for asked in given] == ["ragged_attention"] * 2
+    assert [asked[-1] for asked in given] == ["mine.json"] * 2
+
+
 def test_vllms_own_callers_of_a_prefill_get_their_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Context parallelism calls the two methods of a prefill backend, and wants the LSE with heads first."""
     layer = Layer()
