@@ -28,7 +28,6 @@ from gluon_emulator.values import (
     common_dtype,
     cut,
     operands,
-    to_bits,
     to_tensor,
     undefined,
 )
@@ -399,6 +398,12 @@ def num_warps() -> int:
     return program().partition.num_warps
 
 
+def static_range(*bounds: Any) -> range:
+    if any(isinstance(bound, Tensor) for bound in bounds):
+        raise EmulationError("static_range up to what is known on the device only")
+    return range(*bounds)
+
+
 def static_assert(condition: Any, message: str = "") -> None:
     if isinstance(condition, Tensor):
         raise EmulationError("static_assert of what is known on the device only")
@@ -453,12 +458,8 @@ def warp_specialize(
     return program().specialise(jobs)
 
 
-def _ex2(x: Tensor) -> Tensor:
-    return exp2(x)
-
-
 # What inline PTX stands for, by a word in it.
-ASSEMBLY: dict[str, Callable[..., Any]] = {"ex2.approx": _ex2}
+ASSEMBLY: dict[str, Callable[..., Any]] = {"ex2.approx": exp2}
 NO_EFFECT = ("griddepcontrol", "setmaxnreg", "nanosleep", "fence.")
 
 
@@ -505,8 +506,3 @@ def cast_to(x: Any, dtype: tl.dtype, bitcast: bool = False) -> Tensor:
 
 def static_print(*_: Any) -> None:
     """Nothing: it would tell the compiler's own values."""
-
-
-def bits_of(x: Tensor) -> Numbers:
-    """A tensor as it lies in memory, for replacements of assembly."""
-    return to_bits(x.data, x.dtype)

@@ -22,7 +22,7 @@ from gluon_emulator.values import EmulationError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gluon_emulator.shared import Allocation, Barrier, Product
+    from gluon_emulator.shared import Barrier, Product
 
 HERE = str(Path(__file__).parent)
 SPEEDS = (1.0, 1.0, 1.0, 0.02, 30.0)
@@ -36,12 +36,10 @@ class Pending:
     Args:
         what: it is, with the line that issued it.
         end: does what is left of it.
-        partition: that issued it.
     """
 
     what: str
     end: Callable[[], None]
-    partition: Partition
 
 
 @dataclass
@@ -105,12 +103,11 @@ class Program:
         self.partitions = [Partition("the program", num_warps)]
         self.pending: list[Pending] = []
         self.barriers: list[Barrier] = []
-        self.allocations: list[Allocation] = []
         self.partition: Partition = self.partitions[0]
 
     def start(self, what: str, end: Callable[[], None]) -> Pending:
         """Let something be under way until `end` is called, sooner or later."""
-        operation = Pending(f"{what} of {kernel_line()}", end, self.partition)
+        operation = Pending(f"{what} of {kernel_line()}", end)
         self.pending.append(operation)
         return operation
 

@@ -24,7 +24,6 @@ LANGUAGE: dict[str, Any] = {
     "constexpr": language.Constexpr,
     "tensor": Tensor,
     "shared_memory_descriptor": shared.SharedMemory,
-    "static_range": range,
     "max": language.maximum_of,
     "min": language.minimum_of,
     "sum": language.sum_of,
@@ -42,7 +41,8 @@ SAME_NAMES = """
     cumsum device_assert div_rn erf exp exp2 expand_dims fdiv floor fma full full_like gather
     inline_asm_elementwise join load log log2 map_elementwise maximum minimum mul multiple_of num_programs
     num_warps permute program_id reduce reduce_or reshape rsqrt set_auto_layout sin split sqrt sqrt_rn
-    static_assert static_print store sub thread_barrier umulhi warp_specialize where xor_sum zeros zeros_like
+    static_assert static_print static_range store sub thread_barrier umulhi warp_specialize where xor_sum
+    zeros zeros_like
 """
 LANGUAGE |= {name: getattr(language, name) for name in SAME_NAMES.split()}
 BARRIERS = {

@@ -225,10 +225,6 @@ class TensorType:
         self.scalar = tensor.dtype
         self.element_ty = tensor.dtype.element_ty if tensor.dtype.is_ptr() else tensor.dtype
 
-    def is_block(self) -> bool:
-        """Whether it is no scalar."""
-        return bool(self.shape)
-
 
 class Tensor:
     """A tensor, or a scalar (shape []) of an emulated kernel; of pointers if `memory` is given.
