@@ -55,3 +55,7 @@ def test_what_an_instance_takes(monkeypatch: pytest.MonkeyPatch, case: str) -> N
     ptx = compiled.asm["ptx"]
     assert "wgmma.mma_async" in ptx
     assert ("cp.async.bulk.tensor" in ptx) == ("gathered" not in case)
+    # One thread arrives at a barrier for its warpgroup: all must have waited for the products before. The compiler sees
+    # to that; the emulator, which knows no threads, takes it for granted.
+    for before in ptx.split("mbarrier.arrive.shared")[:-1]:
+        assert before.rfind("bar.sync") >= before.rfind("wgmma.wait_group")
