@@ -7,6 +7,7 @@ output. Random numbers everywhere, pages shuffled, outputs poisoned.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 Call = Callable[[], "Tensor"]
 
 
-class Task:
+class Task(ABC):
     """What all tasks share.
 
     Args:
@@ -68,8 +69,8 @@ class Task:
 
         return run
 
-    def _run(self, kernels: Kernels, workspace: Workspace | None) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _run(self, kernels: Kernels, workspace: Workspace | None) -> None: ...
 
     def result(self, call: Call) -> Tensor:
         """What a call computes, in a tensor of its own; what stood in the output before is poison."""
