@@ -75,7 +75,7 @@ from taut.common_kernels.float8 import TO_BFLOAT16
 from taut.common_kernels.gluon_features import THREAD_BARRIERS, TMA_LOADS, first_of
 from taut.common_kernels.merge.triton_kernel import merge_items
 from taut.common_kernels.mla_decode.triton_kernel import LOG2_E, MlaWorkspace, mla_tile
-from taut.common_kernels.schedule import triton_kernel as schedule_tables
+from taut.common_kernels.schedule.gluon_kernel import load_first_item, load_item, load_part
 from taut.common_kernels.schedule.triton_kernel import launch_options
 from taut.common_kernels.tiles import table_for
 from taut.common_kernels.workspace import device_facts
@@ -92,8 +92,6 @@ gather_load = first_of(async_copy, TMA_LOADS)
 thread_barrier = first_of(gl, THREAD_BARRIERS)
 
 LN2 = gl.constexpr(math.log(2))
-RECORD = gl.constexpr(schedule_tables.RECORD.value)
-PART_RECORD = gl.constexpr(schedule_tables.PART_RECORD.value)
 TILE_KEYS, TILE_COLUMNS, ROPE_COLUMNS = 64, (256, 256), 64
 KEYS = gl.constexpr(TILE_KEYS)
 HALF = gl.constexpr(TILE_COLUMNS[0])  # columns of a latent vector that one warpgroup sums up
@@ -132,35 +130,6 @@ def anew(number: gl.tensor) -> gl.tensor:
     It would keep the addresses of queries and results in registers that the tiles' loop needs.
     """
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _load_part(parts: gl.tensor, part: gl.tensor) -> gl.tensor:
-    """The record of a part, see `schedule.triton_kernel.load_part`."""
-    record = parts + part * PART_RECORD
-    return gl.load(record), gl.load(record + 1), gl.load(record + 2), gl.load(record + 3), gl.load(record + 4)
-
-
-@gluon.jit
-def _load_item(items: gl.tensor, item: gl.tensor) -> gl.tensor:
-    """The record of an item, see `schedule.triton_kernel.load_item`."""
-    record = items + item * RECORD
-    return (
-        gl.load(record),
-        gl.load(record + 1),
-        gl.load(record + 2),
-        gl.load(record + 3),
-        gl.load(record + 4),
-        gl.load(record + 5),
-        gl.load(record + 6),
-        gl.load(record + 7),
-    )
-
-
-@gluon.jit
-def _load_first_item(parts: gl.tensor, part: gl.tensor) -> gl.tensor:
-    """The record of the item that a part begins in."""
-    return _load_item(parts + RECORD, part * (PART_RECORD // RECORD))
 
 
 @gluon.jit
@@ -252,8 +221,8 @@ def _bring_by_tma(
     full_left, full_right, free_left, free_right = barriers
     table_stride, _, _, page_keys = numbers
     part = gl.program_id(0) // HEAD_BLOCKS
-    first_item, first_tile, last_item, end_tile, _ = _load_part(parts, part)
-    row, _, _, _, first_key, end_key, _, _ = _load_first_item(parts, part)
+    first_item, first_tile, last_item, end_tile, _ = load_part(parts, part)
+    row, _, _, _, first_key, end_key, _, _ = load_first_item(parts, part)
     n = 0
     for item in range(first_item, last_item + 1):
         begin, end = _tiles(item, first_item, first_tile, last_item, end_tile, first_key, end_key)
@@ -277,7 +246,7 @@ def _bring_by_tma(
             tma_load(wide, [at, HALF], full_right.index(slot), right.index(slot))
             tma_load(narrow, [at, LATENT], full_right.index(slot), rope.index(slot))
             n += 1
-        row, _, _, _, first_key, end_key, _, _ = _load_item(items, gl.minimum(item + 1, last_item))
+        row, _, _, _, first_key, end_key, _, _ = load_item(items, gl.minimum(item + 1, last_item))
 
 
 @gluon.jit
@@ -329,8 +298,8 @@ def _bring_by_threads(
     column = gl.arange(0, HALF, layout=gl.SliceLayout(0, BY_KEY))[None, :]
     rope_column = LATENT + gl.arange(0, ROPE, layout=gl.SliceLayout(0, BY_KEY))[None, :]
     part = gl.program_id(0) // HEAD_BLOCKS
-    first_item, first_tile, last_item, end_tile, _ = _load_part(parts, part)
-    row, _, _, _, first_key, end_key, _, _ = _load_first_item(parts, part)
+    first_item, first_tile, last_item, end_tile, _ = load_part(parts, part)
+    row, _, _, _, first_key, end_key, _, _ = load_first_item(parts, part)
     n = 0
     for item in range(first_item, last_item + 1):
         begin, end = _tiles(item, first_item, first_tile, last_item, end_tile, first_key, end_key)
@@ -374,7 +343,7 @@ def _bring_by_threads(
                     thread_barrier()
                     mbarrier.arrive(full_right.index(slot), count=1)
                 n += 1
-        row, _, _, _, first_key, end_key, _, _ = _load_item(items, gl.minimum(item + 1, last_item))
+        row, _, _, _, first_key, end_key, _, _ = load_item(items, gl.minimum(item + 1, last_item))
 
 
 @gluon.jit
@@ -669,8 +638,8 @@ def _consume_many(
         values, q_half, full, free = right, q_right, full_right, free_right
     query, keys, full_both = (q_left, q_right, q_rope), (left, right, rope), (full_left, full_right)
     part = gl.program_id(0) // HEAD_BLOCKS
-    first_item, first_tile, last_item, end_tile, split = _load_part(parts, part)
-    _, first_query, queries, first_position, first_key, end_key, splits, first_partial = _load_first_item(parts, part)
+    first_item, first_tile, last_item, end_tile, split = load_part(parts, part)
+    _, first_query, queries, first_position, first_key, end_key, splits, first_partial = load_first_item(parts, part)
     padding_start = gl.load(query_starts + step_rows)  # early, so that nothing waits for it at the end
     result_scale = 1.0
     if QUANTISED:
@@ -833,7 +802,7 @@ def _consume_many(
         slot = first_partial + gl.where(item == first_item, split, 0)
         record = (first_query, queries, splits, slot)
         _finish(acc, natural, outputs, out_strides, record, first_row, WHO, HEADS, HEAD_BLOCKS, MANY, 0, HAS_LSE)
-        _, first_query, queries, first_position, first_key, end_key, splits, first_partial = _load_item(
+        _, first_query, queries, first_position, first_key, end_key, splits, first_partial = load_item(
             items, gl.minimum(item + 1, last_item)
         )
     first_row = gl.program_id(0) % HEAD_BLOCKS * MANY
@@ -871,8 +840,8 @@ def _consume_few(
     q_half = q_left if WHO == 0 else q_right
     weights_at = weights.index(WHO)
     part = gl.program_id(0) // HEAD_BLOCKS
-    first_item, first_tile, last_item, end_tile, split = _load_part(parts, part)
-    _, first_query, queries, first_position, first_key, end_key, splits, first_partial = _load_first_item(parts, part)
+    first_item, first_tile, last_item, end_tile, split = load_part(parts, part)
+    _, first_query, queries, first_position, first_key, end_key, splits, first_partial = load_first_item(parts, part)
     padding_start = gl.load(query_starts + step_rows)  # early, so that nothing waits for it at the end
     result_scale = 1.0
     if QUANTISED:
@@ -972,7 +941,7 @@ def _consume_few(
             high = high * factor + given.load(KEYS_ROWS)
             thread_barrier()
             _finish(high, natural, outputs, out_strides, record, first_row, WHO, HEADS, HEAD_BLOCKS, ROWS, 1, HAS_LSE)
-        _, first_query, queries, first_position, first_key, end_key, splits, first_partial = _load_item(
+        _, first_query, queries, first_position, first_key, end_key, splits, first_partial = load_item(
             items, gl.minimum(item + 1, last_item)
         )
     first_row = gl.program_id(0) % HEAD_BLOCKS * ROWS
