@@ -266,31 +266,32 @@ class Inputs:
 
     def expected(self) -> tuple[Tensor, Tensor]:
         """Output [T, Hq, V] and LSE [T, Hq] in float64, straight from the words of the contract."""
-        sinks, slopes = (_double(self.options.get(name)) for name in ("sinks", "alibi_slopes"))
-        out = torch.zeros(self.tokens, self.case.q_heads, self.value_size, dtype=torch.float64)
-        lse = torch.full((self.tokens, self.case.q_heads), -math.inf, dtype=torch.float64)
+        device = self.device  # float64 is quick on a GPU, and slow where many tests share a CPU
+        sinks, slopes = (_double(self.options.get(name), device) for name in ("sinks", "alibi_slopes"))
+        out = torch.zeros(self.tokens, self.case.q_heads, self.value_size, dtype=torch.float64, device=device)
+        lse = torch.full((self.tokens, self.case.q_heads), -math.inf, dtype=torch.float64, device=device)
         first = 0
-        for query, key, value in zip(self.queries, self.keys, self.values, strict=True):
+        for queries, keys, values in zip(self.queries, self.keys, self.values, strict=True):
+            query, key, value = queries.to(device), keys.to(device), values.to(device)
             m, n = len(query), len(key)
-            group = self.case.q_heads // key.shape[1]
+            grouped = query.unflatten(1, (key.shape[1], -1))  # [m, Hk, G, D]
             for i in range(m):
                 p = n - m + i
-                seen = sees(self.mask, p, torch.arange(n)).nonzero()[:, 0]
+                seen = sees(self.mask, p, torch.arange(n, device=device)).nonzero()[:, 0]
                 if not len(seen):
                     continue
-                for_heads = key[seen].repeat_interleave(group, dim=1)  # [s, Hq, D]
-                score = self.options["scale"] * torch.einsum("hd,shd->hs", query[i], for_heads)
+                score = self.options["scale"] * torch.einsum("kgd,skd->kgs", grouped[i], key[seen]).flatten(0, 1)
                 if self.mask.soft_cap:
                     score = self.mask.soft_cap * (score / self.mask.soft_cap).tanh()
                 if slopes is not None:
                     score = score + slopes[:, None] * (seen - p)
                 if sinks is not None:  # one more score, whose value is zero
                     score = torch.cat([score, sinks[:, None]], dim=1)
-                weight = score.softmax(dim=1)[:, : len(seen)]
-                out[first + i] = torch.einsum("hs,shv->hv", weight, value[seen].repeat_interleave(group, dim=1))
+                weight = score.softmax(dim=1)[:, : len(seen)].unflatten(0, grouped.shape[1:3])
+                out[first + i] = torch.einsum("kgs,skv->kgv", weight, value[seen]).flatten(0, 1)
                 lse[first + i] = score.logsumexp(dim=1)
             first += m
-        return out, lse
+        return out.cpu(), lse.cpu()
 
 
 def sees(mask: Mask, p: int, j: Tensor) -> Tensor:
@@ -490,8 +491,8 @@ def cosine(actual: Tensor, expected: Tensor) -> float:
     return float(actual @ expected / sizes) if sizes else 1.0
 
 
-def _double(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.cpu().double()
+def _double(tensor: Tensor | None, device: str) -> Tensor | None:
+    return None if tensor is None else tensor.double().to(device)
 
 
 def _random(shape: Sequence[int], generator: torch.Generator) -> Tensor:
