@@ -90,7 +90,7 @@ HOPPER_SIZES = ((64, 64), (128, 128), (192, 128), (256, 256))
 
 HOPPER = KernelProvider(
     name="hopper",
-    summary="Gluon kernels for NVIDIA Hopper (sm_90); not proved on a GPU yet, so only where asked for by name",
+    summary="Gluon kernels for NVIDIA Hopper (sm_90)",
     priority=20,
     capabilities=(
         Capability(
@@ -133,7 +133,7 @@ HOPPER = KernelProvider(
     ),
     load=_load_hopper,
     requires=("torch", "triton"),
-    automatic_on=(),
+    automatic_on=SM_90,
     probe=_missing_of_gluon,
 )
 

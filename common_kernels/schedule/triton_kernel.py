@@ -67,11 +67,16 @@ def _last_at_most(starts: tl.tensor, count: tl.tensor, wanted: tl.tensor, STEPS:
     """For each of `wanted`, the last place of starts[0 : count], which ascends, that is not above it."""
     low = tl.zeros_like(wanted)
     high = low + count
-    for _ in tl.static_range(STEPS):
+    for _ in tl.static_range((STEPS + 1) // 2):  # two halvings a round: their three loads wait for the memory together
         middle = (low + high) // 2
+        lower, upper = (low + middle) // 2, (middle + high) // 2
         left = tl.load(starts + middle, mask=middle < count, other=0) > wanted
-        low = tl.where(left, low, middle)
-        high = tl.where(left, middle, high)
+        left_lower = tl.load(starts + lower, mask=lower < count, other=0) > wanted
+        left_upper = tl.load(starts + upper, mask=upper < count, other=0) > wanted
+        low, high = (
+            tl.where(left, tl.where(left_lower, low, lower), tl.where(left_upper, middle, upper)),
+            tl.where(left, tl.where(left_lower, lower, middle), tl.where(left_upper, upper, high)),
+        )
     return low
 
 
@@ -116,6 +121,23 @@ def _part_of_tile(place: tl.tensor, total: tl.tensor, active: tl.tensor) -> tl.t
     return (((place.to(tl.int64) + 1) * active - 1) // total).to(tl.int32)
 
 
+@triton.jit
+def _side_by_side(
+    field_0: tl.tensor,
+    field_1: tl.tensor,
+    field_2: tl.tensor,
+    field_3: tl.tensor,
+    field_4: tl.tensor,
+    field_5: tl.tensor,
+    field_6: tl.tensor,
+    field_7: tl.tensor,
+) -> tl.tensor:
+    """Records of eight fields, [n, 8], from the fields, [n] each: to be written in few wide stores."""
+    even = tl.join(tl.join(field_0, field_4), tl.join(field_2, field_6))
+    odd = tl.join(tl.join(field_1, field_5), tl.join(field_3, field_7))
+    return tl.reshape(tl.join(even, odd), [field_0.shape[0], RECORD])
+
+
 @triton.jit(do_not_specialize=["rows", "parts"])
 def schedule_kernel(
     lengths: tl.tensor,
@@ -144,6 +166,7 @@ def schedule_kernel(
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
     lanes = tl.arange(0, CHUNK)
+    fields = tl.arange(0, RECORD)
     item_count = rows
     if not ONE_BLOCK:
         item_count = rows * 0
@@ -208,15 +231,8 @@ def schedule_kernel(
         first_partial = partials_before + tl.cumsum(partials) - partials
         tl.store(item_starts + item, item_start, mask=here)
         tl.store(item_parts + item, first_part, mask=here)
-        record = items_out + item * RECORD
-        tl.store(record, row, mask=here)
-        tl.store(record + 1, first_query, mask=here)
-        tl.store(record + 2, queries, mask=here)
-        tl.store(record + 3, first_position, mask=here)
-        tl.store(record + 4, first_key, mask=here)
-        tl.store(record + 5, end_key, mask=here)
-        tl.store(record + 6, splits, mask=here)
-        tl.store(record + 7, first_partial, mask=here)
+        record = _side_by_side(row, first_query, queries, first_position, first_key, end_key, splits, first_partial)
+        tl.store((items_out + item * RECORD)[:, None] + fields[None, :], record, mask=here[:, None])
         tiles_before += tl.sum(tiles)
         partials_before += tl.sum(partials)
     tl.debug_barrier()  # the program's other threads read item_starts, item_parts and items_out
@@ -229,21 +245,26 @@ def schedule_kernel(
         busy = part < active
         begin = part * share + part * rest // cuts
         end = (part + 1) * share + (part + 1) * rest // cuts
-        first_item = _last_at_most(item_starts, item_count, begin, STEPS)
-        last_item = _last_at_most(item_starts, item_count, end - 1, STEPS)
+        first_item, last_item = tl.split(_last_at_most(item_starts, item_count, tl.join(begin, end - 1), STEPS))
         first_start = tl.load(item_starts + first_item, mask=busy, other=0)
         last_start = tl.load(item_starts + last_item, mask=busy, other=0)
-        here = part < parts
-        record = parts_out + part * PART_RECORD
-        tl.store(record, tl.where(busy, first_item, 0), mask=here)
-        tl.store(record + 1, tl.where(busy, begin - first_start, 0), mask=here)
-        tl.store(record + 2, tl.where(busy, last_item, -1), mask=here)
-        tl.store(record + 3, tl.where(busy, end - last_start, 0), mask=here)
         first_part = tl.load(item_parts + first_item, mask=busy, other=0)
-        tl.store(record + 4, tl.where(busy, part - first_part, 0), mask=here)
-        for field in tl.static_range(RECORD):
-            number = tl.load(items_out + first_item * RECORD + field, mask=busy, other=0)
-            tl.store(record + RECORD + field, number, mask=here)
+        nothing = tl.zeros_like(part)
+        own = _side_by_side(
+            tl.where(busy, first_item, 0),
+            tl.where(busy, begin - first_start, 0),
+            tl.where(busy, last_item, -1),
+            tl.where(busy, end - last_start, 0),
+            tl.where(busy, part - first_part, 0),
+            nothing,
+            nothing,
+            nothing,
+        )
+        item = tl.load((items_out + first_item * RECORD)[:, None] + fields[None, :], mask=busy[:, None], other=0)
+        here = part < parts
+        record = (parts_out + part * PART_RECORD)[:, None] + fields[None, :]
+        tl.store(record, own, mask=here[:, None])
+        tl.store(record + RECORD, item, mask=here[:, None])
 
 
 class DeviceSchedule:

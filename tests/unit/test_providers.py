@@ -272,12 +272,13 @@ def test_a_probe_is_asked_once_and_last() -> None:
     assert asked == [1]
 
 
-def test_hopper_is_only_taken_by_name() -> None:
+def test_on_hopper_its_own_kernels_are_taken_and_the_portable_ones_where_those_do_not_serve() -> None:
     registry = default_registry(points=[])
-    problem = Problem("merge", "sm_90", "bfloat16", "bfloat16", 8, 8, 128, 128, 0)
-    assert registry.choose(problem).provider is builtin.TRITON
-    assert "TAUT_KERNELS=hopper" in registry.choose(problem).reasons["hopper"][0]
-    assert registry.choose(problem, "hopper").provider is builtin.HOPPER
+    problem = Problem("paged_attention", "sm_90", "bfloat16", "bfloat16", 32, 8, 128, 128, 16)
+    assert registry.choose(problem).provider is builtin.HOPPER
+    for other in (replace(problem, target="sm_100"), replace(problem, cache_dtype="float8_e4m3fn")):
+        assert registry.choose(other).provider is builtin.TRITON
+        assert registry.choose(other).reasons["hopper"]
 
 
 def test_every_capability_of_a_provider_has_its_operation() -> None:
