@@ -25,7 +25,8 @@ SCALE = Scale(
     requests=200, longest=1500, shared=300, tokens=64, judged=24, vocabulary=31999,
     engine={
         "max_total_tokens": 24_000, "max_running_requests": 200, "chunked_prefill_size": 2048,
-        "schedule_conservativeness": 0.1, "mem_fraction_static": 0.8, "cuda_graph_max_bs": 200,
+        "schedule_conservativeness": 0.1, "mem_fraction_static": 0.8,
+        "cuda_graph_max_bs_decode": 200,  # cuda_graph_max_bs until 0.5.13
     },
 )  # fmt: skip
 RETRACTED = "KV cache pool is full. Retract"
@@ -76,7 +77,9 @@ def verdicts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         }  # fmt: skip
         asked["taut, drafts"] = Asked("on", drafts, score=False)
     if torch.cuda.device_count() > 1:
-        asked["taut, two GPUs"] = Asked("on", {"tp_size": 2})
+        # The others fill the first GPU alone, which SGLang takes for a mistake.
+        unequal = {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
+        asked["taut, two GPUs"] = Asked("on", {"tp_size": 2}, unequal)
     found = judge(model, asked, SCALE, run)
     print(name, figures(found))  # noqa: T201 - for whoever runs this with -s
     return found
@@ -127,4 +130,5 @@ def test_as_many_tokens_fit_the_pool_as_with_triton(shape: str, tmp_path: Path) 
     }
     fits = {name: max(int(n) for n in re.findall(r"max_total_num_tokens=(\d+)", log)) for name, log in room.items()}
     print(shape, fits)  # noqa: T201 - for whoever runs this with -s
-    assert fits["on"] >= fits["off"]
+    # SGLang sizes the pool by the memory that is free, which differs by some MiB from start to start.
+    assert fits["on"] >= 0.999 * fits["off"]
