@@ -35,6 +35,7 @@ MLA_FORMS = "sglang.srt.models.deepseek_common.attention_forward_methods.forward
 CAPTURE_PROBES = ("is_in_piecewise_cuda_graph", "is_in_tc_piecewise_cuda_graph", "is_in_breakable_cuda_graph")
 BASE = "sglang.srt.layers.attention.base_attn_backend"
 SWA_POOL = "sglang.srt.mem_cache.swa_memory_pool"
+CHUNKED_PREFIXES = "CHUNKED_PREFIX_CACHE_SUPPORTED_ATTENTION_BACKENDS"
 CONFIGS = "sglang.srt.utils.hf_transformers_utils"
 ENGINE = "sglang.srt.entrypoints.engine"
 PIECEWISE = "disable_piecewise_cuda_graph"
@@ -76,22 +77,19 @@ LEDGER = (
         what="CHUNKED_PREFIX_CACHE_SUPPORTED_ATTENTION_BACKENDS, in model_runner until 0.5.15, then in server_args",
         since="0.5.11",
         until="",
-        detected="hasattr on either module; model_runner only once the process has imported it",
+        detected="hasattr(server_args, name); else model_runner, which is not imported before a scheduler is made",
         why="unabsorbed MLA over a cached prefix is switched off for a name that is not in the list",
         ends="when a backend can say so itself",
-        probe=lambda: (
-            _has(SERVER_ARGS, "CHUNKED_PREFIX_CACHE_SUPPORTED_ATTENTION_BACKENDS")
-            or _has(MODEL_RUNNER, "CHUNKED_PREFIX_CACHE_SUPPORTED_ATTENTION_BACKENDS")
-        ),
+        probe=lambda: _has(SERVER_ARGS, CHUNKED_PREFIXES) or _has(MODEL_RUNNER, CHUNKED_PREFIXES),
     ),
     Touch(
-        what="MLA_ATTENTION_BACKENDS in model_runner",
+        what="Scheduler.__init__: the process that computes builds its model and its backends there",
         since="0.5.11",
-        until="0.5.15.post1",
-        detected="hasattr(model_runner, name), once the process has imported it",
-        why="the list of backends that can serve MLA",
-        ends="when 0.5.15 leaves the range",
-        probe=lambda: _has(MODEL_RUNNER, "MLA_ATTENTION_BACKENDS"),
+        until="",
+        detected="in the source of sglang.srt.managers.scheduler, whose import needs far more than we do",
+        why="before it the list above is joined; TAUT_ATTENTION=on that did not take effect stops the server after it",
+        ends="when 0.5.15 leaves the range and a setting of the environment can choose a backend",
+        probe=lambda: _names(SCHEDULER, "class Scheduler("),
     ),
     Touch(
         what="AttentionBackendRegistry and AttnForwardMethod: which form of MLA serves a batch, by the backend's name",
@@ -138,15 +136,6 @@ LEDGER = (
         ends="when a setting of the environment can choose a backend",
         probe=lambda: _has(SERVER_ARGS, "ServerArgs") and _has(HOOKS, "HookRegistry", "HookType"),
         needed=True,
-    ),
-    Touch(
-        what="the backends are built by ModelRunner.init_attention_backend, then by init_attention_backends",
-        since="0.5.11",
-        until="",
-        detected="hasattr(ModelRunner, name), once the process has imported it",
-        why="TAUT_ATTENTION=on that did not take effect must stop the server: it is checked after them",
-        ends="with the entry above",
-        probe=lambda: any(_has_method(MODEL_RUNNER, "ModelRunner", name) for name in BUILDERS),
     ),
     Touch(
         what="metadata for CUDA graphs: init_forward_metadata_capture_cuda_graph and ..._replay_cuda_graph",
@@ -222,10 +211,19 @@ LEDGER = (
         what="ModelRunner.forward(forward_batch) runs a step, with attn_backend for its attention",
         since="0.5.11",
         until="",
-        detected="a method of the class; the backends are there when the method of the entry above has built them",
+        detected="a method of the class",
         why="`taut audit` tells one step from the next by it",
-        ends="with the entry above",
+        ends="with the entry below",
         probe=lambda: _has_method(MODEL_RUNNER, "ModelRunner", "forward"),
+    ),
+    Touch(
+        what="the backends are built by ModelRunner.init_attention_backend, then by init_attention_backends",
+        since="0.5.11",
+        until="",
+        detected="hasattr(ModelRunner, name)",
+        why="`taut audit` watches them from then on",
+        ends="when SGLang tells how a step spends its time in attention",
+        probe=lambda: any(_has_method(MODEL_RUNNER, "ModelRunner", name) for name in BUILDERS),
     ),
 )
 
@@ -292,9 +290,10 @@ def register(factory: Callable[[Any], Any]) -> None:
     draft = getattr(server_args, "DRAFT_ATTENTION_BACKEND_CHOICES", None)
     if draft is not None and NAME not in draft:
         server_args.add_draft_attention_backend_choices([NAME])
-    for module in (server_args, sys.modules.get(MODEL_RUNNER)):
-        _join(getattr(module, "CHUNKED_PREFIX_CACHE_SUPPORTED_ATTENTION_BACKENDS", None))
-        _join(getattr(module, "MLA_ATTENTION_BACKENDS", None))
+    if hasattr(server_args, CHUNKED_PREFIXES):
+        _join(getattr(server_args, CHUNKED_PREFIXES))
+    else:
+        _around_the_scheduler(_join_runner, "BEFORE")
 
 
 def register_mla(handler: Callable[[Any, Any], Any]) -> None:
@@ -329,9 +328,15 @@ def prefill_is_captured() -> bool:
     return any(captured() for captured in probes if captured is not None)
 
 
-def _join(names: list[str] | None) -> None:
-    if names is not None and NAME not in names:
+def _join(names: list[str]) -> None:
+    if NAME not in names:
         names.append(NAME)
+
+
+def _join_runner(_scheduler: Any, server_args: Any, *_: Any, **__: Any) -> None:
+    """Join the list that releases before 0.5.16 keep beside the model runner, which a scheduler is about to import."""
+    if NAME in backends_asked(server_args).values():
+        _join(getattr(import_module(MODEL_RUNNER), CHUNKED_PREFIXES, []))
 
 
 def stock_backend(name: str, model_runner: Any) -> Any:
@@ -375,18 +380,18 @@ def before_resolution(hook: Callable[[Any], None]) -> None:
     _hook(f"{SERVER_ARGS}.ServerArgs.{method}", unresolved, "BEFORE")
 
 
-def after_backends_are_built(hook: Callable[[Any], None]) -> None:
-    """Call `hook(model_runner)` when a model's attention backends have been built.
+def after_the_scheduler_is_made(hook: Callable[[], None]) -> None:
+    """Call `hook()` when the process that computes has made its scheduler, and with it the model's backends."""
+    _around_the_scheduler(lambda *_, **__: hook(), "AFTER")
 
-    Nothing is done in a process that has not imported the model runner, which builds none.
+
+def _around_the_scheduler(hook: Callable[..., None], kind: str) -> None:
+    """Call a hook before or after a scheduler is made, as SGLang's registry of hooks does.
+
+    Nothing is done in a process that has not imported schedulers, which makes none.
     """
-    module = sys.modules.get(MODEL_RUNNER)
-    if module is None:
-        return
-    methods = [method for method in BUILDERS if hasattr(module.ModelRunner, method)]
-    if not methods:
-        raise BridgeError(f"SGLang {engine_version()}: ModelRunner has no init_attention_backend(s)")
-    _hook(f"{MODEL_RUNNER}.ModelRunner.{methods[0]}", lambda _result, runner, *_, **__: hook(runner), "AFTER")
+    if SCHEDULER in sys.modules:
+        _hook(f"{SCHEDULER}.Scheduler.__init__", hook, kind)
 
 
 def _hook(target: str, hook: Callable[..., None], kind: str) -> None:

@@ -68,7 +68,7 @@ def register(selection: Selection) -> None:
     if selection.mode is not None:
         bridge.before_resolution(choose)
     if selection.mode == "on":
-        bridge.after_backends_are_built(verify)
+        bridge.after_the_scheduler_is_made(verify)
 
 
 def choose(server_args: Any) -> None:
@@ -110,7 +110,7 @@ def build(model_runner: Any) -> Any:
     return backend
 
 
-def verify(_model_runner: Any) -> None:
+def verify() -> None:
     """Stop a server that was told `on` and got another backend: SGLang hides why.
 
     Raises:

@@ -6,13 +6,26 @@ import inspect
 import json
 import sys
 from importlib import import_module
+from types import SimpleNamespace
 
 from taut.adapters.engine import Selection
 from taut.adapters.sglang import bridge, selection
 
 
+def made_with(name: str, scheduler: type) -> str:
+    """What stops a scheduler that is made with a backend of this name; empty where nothing does."""
+    try:
+        scheduler(SimpleNamespace(attention_backend=name))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def main() -> None:
-    import_module(bridge.MODEL_RUNNER)  # as in the process that runs the model
+    scheduler = import_module(bridge.SCHEDULER).Scheduler  # what a process that computes has imported, and no more
+    assert bridge.MODEL_RUNNER not in sys.modules
+    made: list[str] = []
+    scheduler.__init__ = lambda _self, server_args: made.append(server_args.attention_backend)
     selection.register(Selection("on"))
     bridge.register_mla(lambda _layer, _batch: None)
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
@@ -21,6 +34,10 @@ def main() -> None:
     from taut.adapters.sglang.backend import TautBackend
 
     HookRegistry.apply_hooks()
+    refused = made_with("triton", scheduler), made_with(bridge.NAME, scheduler)
+    selection._state.built = True
+    refused += (made_with(bridge.NAME, scheduler),)
+    lists = import_module(bridge.SERVER_ARGS), import_module(bridge.MODEL_RUNNER)
     ours = vars(TautBackend)
     base = [member for owner in TautBackend.__mro__[1:] for member in vars(owner).values()]
     json.dump(
@@ -28,6 +45,9 @@ def main() -> None:
             "verdicts": {touch.what: touch.verdict() for touch in bridge.LEDGER},
             "registered": ATTENTION_BACKENDS.get(bridge.NAME) is selection.build,
             "hooked": sorted(HookRegistry._patched),
+            "made": made,
+            "refused": refused,
+            "chunked prefixes": [bridge.NAME in getattr(module, bridge.CHUNKED_PREFIXES, ()) for module in lists],
             "abstract": sorted(TautBackend.__abstractmethods__),
             "absent": [  # hooks of a graph that this release calls and we lack
                 member.__name__

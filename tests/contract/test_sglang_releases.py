@@ -21,7 +21,6 @@ ROOT = Path(__file__).resolve().parents[2]
 # What a release may lack, by the beginning of its entry in the ledger.
 OF_SOME_RELEASES = (
     "add_draft_attention_backend_choices",
-    "MLA_ATTENTION_BACKENDS",
     "metadata for CUDA graphs",
     "disable_piecewise_cuda_graph",
 )
@@ -49,3 +48,6 @@ def test_the_adapter_holds(release: str) -> None:
     assert found["abstract"] == []
     assert set(found["absent"]) <= NOT_ASKED_FOR
     assert len(found["hooked"]) == 2, found["hooked"]
+    assert found["made"] == ["triton", "taut", "taut"]
+    assert [("did not take effect" in why) for why in found["refused"]] == [True, True, False], found["refused"]
+    assert any(found["chunked prefixes"])
