@@ -1,4 +1,4 @@
-"""Stands in for what SGLang's scheduler imports up to 0.5.12, for a hierarchical cache that no test of ours asks for."""
+"""Stands in for what SGLang's scheduler imports up to 0.5.12, for a cache on the host that no test of ours asks for."""
 
 from __future__ import annotations
 
