@@ -7,7 +7,7 @@ into vLLM's own output. Nothing is filled or allocated per layer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -133,13 +133,16 @@ class TautMetadata:
 
     def workspace_of(self, layer: TautImplementation) -> Workspace:
         """What a layer's kernels need; made now for a layer that did not exist when the builder asked for them."""
-        if layer.problem not in self.workspaces:
+        problem = layer.problem
+        if not self.causal:  # the schedule of a mask that is causal ends where a row's last query does
+            problem = replace(problem, features=problem.features | {"non_causal"})
+        if problem not in self.workspaces:
             made = layer.kernels.workspace(
-                layer.problem, self.step.rows, self.num_actual_tokens, str(self.slot_mapping.device), table_path()
+                problem, self.step.rows, self.num_actual_tokens, str(self.slot_mapping.device), table_path()
             )
             made.prepare(self.step)
-            self.workspaces = self.workspaces | {layer.problem: made}
-        return self.workspaces[layer.problem]
+            self.workspaces = self.workspaces | {problem: made}
+        return self.workspaces[problem]
 
 
 class TautMetadataBuilder(AttentionMetadataBuilder[TautMetadata]):

@@ -13,7 +13,7 @@ from gpu.audited import LAYERS, WASTE, audited, observed
 if TYPE_CHECKING:
     from pathlib import Path
 
-OPTIONS = {"gpu_memory_utilization": 0.3, "dtype": "bfloat16", "max_model_len": 4096}
+OPTIONS = {"gpu_memory_utilization": 0.15, "dtype": "bfloat16", "max_model_len": 4096}
 
 
 @pytest.mark.parametrize("shape", ["llama", "deepseek"])

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
-AT_ONCE = 6  # processes that share the GPU
+AT_ONCE = 9  # processes that share the GPU
 
 
 @dataclass(frozen=True)
