@@ -284,10 +284,11 @@ class TautBackend(AttentionBackend):
         """For how many queries of a row the kernels of a step are cut: 0 for any number."""
         return metadata.batch.queries if metadata.batch.queries in self.usual_queries else 0
 
-    def _workspace(self, plan: Plan) -> Workspace | None:
-        """The workspace that a layer shares with all that ask for the same; made on first use."""
-        if plan.problem.operation == "ragged_attention":
-            return None
+    def _workspace(self, plan: Plan) -> Workspace:
+        """The workspace that a layer shares with all that ask for the same; made on first use.
+
+        Of layers whose keys are handed over it holds no schedule, only which tile table the user named.
+        """
         key = plan.problem, plan.windowed_pool
         if key not in self.workspaces:
             rows = self._workspace_rows = self.steps.max_rows
@@ -387,7 +388,6 @@ class TautBackend(AttentionBackend):
         key = plan.problem, plan.windowed_pool
         if key not in metadata.prepared:
             workspace = self._workspace(plan)
-            assert workspace is not None
             workspace.prepare(step)
             metadata.prepared[key] = workspace
         return step, metadata.prepared[key]
@@ -450,7 +450,7 @@ class TautBackend(AttentionBackend):
             starts, longest = metadata.step.query_starts, metadata.step.max_query
             plan.kernels.ragged_attention(
                 query, k, v, starts, starts, plan.mask, view,
-                scale=plan.scale, max_query=longest, max_length=longest, sinks=sinks,
+                scale=plan.scale, max_query=longest, max_length=longest, sinks=sinks, workspace=self._workspace(plan),
             )  # fmt: skip
             return out
         step, workspace = self._ready(plan, metadata)
@@ -537,7 +537,7 @@ class TautBackend(AttentionBackend):
         out, view = self._output(q, query.shape[0], problem, forward_batch)
         plan.kernels.ragged_attention(
             query, key, value, step.query_starts, key_starts, mask, view,
-            scale=plan.scale, max_query=step.max_query, max_length=longest, lse=lse,
+            scale=plan.scale, max_query=step.max_query, max_length=longest, lse=lse, workspace=self._workspace(plan),
         )  # fmt: skip
         return (view, lse) if wants_lse else out
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -16,6 +17,10 @@ from sglang.srt.models.deepseek_common.attention_backend_handler import Attentio
 from adapters import test_sglang_backend as dense
 from taut.adapters.engine import Selection
 from taut.adapters.sglang import backend, bridge, selection
+from taut.common_kernels import reference
+
+if TYPE_CHECKING:
+    from taut.common_kernels.problem import Problem
 
 HEADS, RANK, ROPE, SIZE, VALUE = 4, 32, 16, 24, 24
 # DeepSeek-V2's and V3's own sizes.
@@ -144,6 +149,30 @@ def test_unabsorbed_behind_a_prefix(one_shot: bool) -> None:
         expected = torch.einsum("hqk,khd->qhd", weights, value[mine])
         torch.testing.assert_close(out[starts : starts + count], expected, rtol=1e-5, atol=1e-5)
         starts += count
+
+
+def test_the_table_that_the_user_named_reaches_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those over keys that are handed over, too."""
+    monkeypatch.setattr(selection, "_state", selection._State(Selection("on", table=Path("mine.json"))))
+    given: list[tuple[str, str]] = []
+
+    def workspace(problem: Problem, _rows: int, _tokens: int, _device: str, table: str) -> Any:
+        return SimpleNamespace(asked=(problem.operation, table), prepare=lambda _step: None)
+
+    def called(*_: Any, workspace: Any, **__: Any) -> None:
+        given.append(workspace.asked)
+
+    monkeypatch.setattr(reference, "workspace", workspace)
+    for operation in ("ragged_attention", "mla_decode"):
+        monkeypatch.setattr(reference, operation, called)
+    absorbed, unabsorbed, made, ours = served()
+    forward = dense.batch(made, ForwardMode.EXTEND, [5, 3], [5, 3], attn_attend_prefix_cache=False)
+    ours.init_forward_metadata(forward)
+    query, latent = torch.randn(8, HEADS, RANK + ROPE), torch.randn(8, 1, RANK + ROPE)
+    ours.forward(query, latent, latent, absorbed, forward)
+    query, key, value = (torch.randn(8, HEADS, size) for size in (SIZE, SIZE, VALUE))
+    ours.forward(query, key, value, unabsorbed, forward, save_kv_cache=False)
+    assert given == [("mla_decode", "mine.json"), ("ragged_attention", "mine.json")]
 
 
 def test_what_mla_does_not_serve_is_refused_by_name() -> None:
