@@ -96,7 +96,15 @@ def _run(request: str, attention: str | None) -> Run:
         return Run(said, process.pid, [batch["ids"] for batch in batches], [batch["cached"] for batch in batches])
 
 
-def generate(attention: str | None, batches: list[Any], *, model: Path = MODEL, tokens: int = 32, **engine: Any) -> Run:
+def generate(
+    attention: str | None,
+    batches: list[Any],
+    *,
+    model: Path = MODEL,
+    tokens: int = 32,
+    spawned: dict[str, str] | None = None,
+    **engine: Any,
+) -> Run:
     """Generate greedily in float32; equal requests run once a session.
 
     Args:
@@ -104,7 +112,9 @@ def generate(attention: str | None, batches: list[Any], *, model: Path = MODEL, 
         batches: lists of prompts, one batch after the other.
         model: its folder.
         tokens: to generate for each prompt.
+        spawned: variables of the processes that SGLang spawns, and of them alone.
         engine: further arguments of SGLang's `Engine`.
     """
     request = {"model": str(model), "batches": batches, "tokens": tokens, "engine": USUAL | engine}
+    request["spawned"] = spawned or {}
     return _run(json.dumps(request), attention)

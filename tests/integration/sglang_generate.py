@@ -3,12 +3,14 @@
     python sglang_generate.py REQUEST.json RESULT.json
 
 REQUEST holds `model`, `engine` (arguments of SGLang's `Engine`), `tokens` and `batches`: lists of texts, or of lists of
-token ids, generated one batch after the other. RESULT holds for each batch the `ids` and the `cached` prompt tokens.
+token ids, generated one batch after the other, and `spawned`: variables of the processes that SGLang spawns and of them
+alone. RESULT holds for each batch the `ids` and the `cached` prompt tokens.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,11 @@ def generate(request: dict[str, Any]) -> list[dict[str, Any]]:
     """Start SGLang and generate greedily, batch by batch."""
     import sglang
 
+    if request["spawned"]:
+        from sglang.srt.plugins import load_plugins
+
+        load_plugins()  # in this process, before the others' variables are set
+        os.environ.update(request["spawned"])
     engine = sglang.Engine(model_path=request["model"], **request["engine"])
     greedy = {"temperature": 0, "max_new_tokens": request["tokens"], "ignore_eos": True}
     results = []

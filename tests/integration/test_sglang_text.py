@@ -87,6 +87,12 @@ def test_on_and_another_backend_by_name_stop_the_server(model: Path) -> None:
     assert "--attention-backend torch_native asks for another backend" in said
 
 
+def test_on_that_took_no_effect_stops_the_server(model: Path) -> None:
+    """The process that computes was told `on`, and its arguments, resolved elsewhere, ask for another backend."""
+    said = refused(None, attention_backend="torch_native", spawned={"TAUT_ATTENTION": "on"})
+    assert "TAUT_ATTENTION=on did not take effect: SGLang built another attention backend" in said
+
+
 def test_auto_leaves_a_backend_by_name_alone(model: Path) -> None:
     run = generate("auto", [TEXTS[:1]], tokens=2, attention_backend="torch_native", kv_cache_dtype="auto")
     assert not run.proof
