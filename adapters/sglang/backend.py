@@ -45,6 +45,8 @@ class TautBackend(AttentionBackend):
         token_to_kv_pool: SGLang finds the pools of a forward through its backend.
         req_to_token_pool: likewise.
         forward_metadata: of the forward that is running.
+        max_context_len: tokens that a request may have at most: what SGLang makes the mask of drafts by, where the host
+            does not know lengths.
     """
 
     needs_cpu_seq_lens = False
@@ -54,6 +56,7 @@ class TautBackend(AttentionBackend):
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.forward_metadata: TautMetadata | None = None
+        self.max_context_len = int(self.req_to_token_pool.req_to_token.shape[1])
         arguments = model_runner.server_args
         reasons = selection.argument_refusals(arguments) + bridge.sparse_refusal(model_runner)
         if reasons:
@@ -72,7 +75,12 @@ class TautBackend(AttentionBackend):
         )
         self.max_tokens = most_tokens(arguments)
         # Queries of each row in the steps that come again and again: decode, and verification where there are drafts.
-        self.usual_queries = sorted({1, int(getattr(arguments, "speculative_num_draft_tokens", None) or 1)})
+        drafts = int(getattr(arguments, "speculative_num_draft_tokens", None) or 0)
+        self.usual_queries = sorted({1, drafts or 1})
+        verified = 0 if getattr(model_runner, "is_draft_worker", False) else drafts
+        self._verify_mask = bridge.unread_verify_mask(
+            verified, int(self.req_to_token_pool.size), self.max_context_len, self.device
+        )
         self.workspaces: dict[tuple[Problem, bool], Workspace] = {}
         # By mode and rows, the last one captured last. Kept as long as we are: graphs read what these own.
         self.captured: dict[tuple[Any, int], list[TautMetadata]] = {}
@@ -212,6 +220,11 @@ class TautBackend(AttentionBackend):
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         """The length of a padded request: one token, in the slot that SGLang keeps for nobody."""
         return 1
+
+    @property
+    def verify_mask(self) -> Any:
+        """Of drafts, from 0.5.17 on: one that is not read and so not filled."""
+        return self._verify_mask
 
     def get_verify_buffers_to_fill_after_draft(self) -> list[Any]:
         """Releases before 0.5.17: no mask and no positions are wanted of the draft."""

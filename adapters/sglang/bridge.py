@@ -20,6 +20,7 @@ from taut.common_kernels.paging import slot_cache_view
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
     from torch import Tensor
 
 NAME = "taut"
@@ -41,6 +42,7 @@ ENGINE = "sglang.srt.entrypoints.engine"
 PIECEWISE = "disable_piecewise_cuda_graph"
 SCHEDULER = "sglang.srt.managers.scheduler"
 SPECULATION = "sglang.srt.speculative.spec_info"
+VERIFY_MASK = "sglang.srt.layers.attention.verify_mask"
 BUILDERS = ("init_attention_backends", "init_attention_backend")
 
 LEDGER = (
@@ -179,6 +181,15 @@ LEDGER = (
         why="a chain's mask is causal, a tree's is not",
         ends="when masks of a batch's own are supported",
         probe=lambda: _has(SPECULATION, "SpecInputType"),
+    ),
+    Touch(
+        what="maybe_create_verify_mask: the mask of drafts, which their verification may read",
+        since="0.5.17",
+        until="",
+        detected="importable; before, and for a backend that has none, SGLang fills one over the whole context",
+        why="we read none, for a chain's is causal: the smallest there is, and nothing is filled",
+        ends="never",
+        probe=lambda: _has(VERIFY_MASK, "maybe_create_verify_mask"),
     ),
     Touch(
         what="get_config: a model's configuration, with the user's overrides",
@@ -479,6 +490,23 @@ def is_tree(drafts: Any) -> bool:
     """Whether drafts that are to be verified may be a tree: several from one node, or what n-grams found."""
     kind = getattr(getattr(drafts, "spec_input_type", None), "name", "")
     return kind == "NGRAM_VERIFY" or (getattr(drafts, "topk", None) or 1) > 1
+
+
+def unread_verify_mask(drafts: int, rows: int, context: int, device: torch.device) -> Any:
+    """SGLang's mask of drafts for a backend that does not read it; None in releases that have no such thing.
+
+    Args:
+        drafts: tokens of each request that are verified; 0 where none are.
+        rows: the most requests.
+        context: tokens that a request may have.
+        device: where it lies.
+    """
+    if not _has(VERIFY_MASK, "maybe_create_verify_mask"):
+        return None
+    return import_module(VERIFY_MASK).maybe_create_verify_mask(
+        is_draft_runner=False, skip_prefill=False, max_bs=rows, max_context_len=context, num_draft_tokens=drafts,
+        device=device, is_read=False,
+    )  # fmt: skip
 
 
 def take_output(batch: Any) -> Tensor | None:

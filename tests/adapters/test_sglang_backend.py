@@ -366,6 +366,17 @@ def test_what_is_not_known_is_refused_by_name() -> None:
         ours.forward(query, key, key, attention, forward, q_rope=query)
 
 
+def test_the_mask_of_drafts_is_small_and_never_filled() -> None:
+    """Without one of ours SGLang fills as many bytes as all contexts have tokens, each time drafts are verified."""
+    pytest.importorskip("sglang.srt.layers.attention.verify_mask", reason="from 0.5.17 on")
+    assert backend.TautBackend(runner(layer())).verify_mask is None
+    ours = backend.TautBackend(runner(layer(), speculative_num_draft_tokens=3))
+    assert not ours.verify_mask.is_read
+    assert ours.verify_mask.fits(REQUESTS - 1)
+    assert ours.verify_mask.buffer.numel() == (REQUESTS - 1) * 3 * 3
+    assert ours.max_context_len == CONTEXT  # by which the mask is made that SGLang falls back on
+
+
 def test_a_tree_of_drafts_is_refused_before_a_number_is_computed() -> None:
     """Whoever builds batches without SGLang's arguments, which were refused before."""
     made = runner(layer())

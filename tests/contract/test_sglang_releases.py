@@ -23,6 +23,7 @@ OF_SOME_RELEASES = (
     "add_draft_attention_backend_choices",
     "metadata for CUDA graphs",
     "disable_piecewise_cuda_graph",
+    "maybe_create_verify_mask",
 )
 # Hooks for backends that keep their metadata in a captured prefill, which ours does not ask for.
 NOT_ASKED_FOR = {
