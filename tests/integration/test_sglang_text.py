@@ -47,6 +47,15 @@ def test_chunked_prefill_with_larger_pages_and_overlap(stock: Run) -> None:
     assert max(ours.cached[1]) >= 16
 
 
+@pytest.mark.parametrize(("ours", "theirs"), [("prefill", "decode"), ("decode", "prefill")])
+def test_prompts_alone_and_generation_alone(ours: str, theirs: str, stock: Run) -> None:
+    """SGLang's own attention serves the other half, over the same cache."""
+    halves = {f"{ours}_attention_backend": "taut", f"{theirs}_attention_backend": "torch_native"}
+    run = generate(None, [TEXTS], **halves)
+    run.assert_ours_served("dense")
+    assert run.ids[0] == stock.ids[0]
+
+
 @pytest.mark.parametrize("experts", [False, True], ids=["dense layers", "mixture of experts"])
 def test_mla_as_hugging_face(experts: bool, tmp_path: Path) -> None:
     """A prompt without a prefix is unabsorbed, a short rest behind a cached one absorbed, a long one in one shot."""
