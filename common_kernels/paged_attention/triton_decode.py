@@ -71,6 +71,7 @@ def decode_kernel(
     GROUP: tl.constexpr,  # query heads of one key-value head
     PACK: tl.constexpr,  # of them, how many share a program
     QUERIES: tl.constexpr,  # the most queries of an item
+    MERGE_ROWS: tl.constexpr,  # a power of two, at least PACK
     MERGE_CHUNK: tl.constexpr,  # partials read together, where the last part merges
     DEPENDENT: tl.constexpr,  # whether the kernel ahead may still run when this one starts
     OVERLAPPED: tl.constexpr,  # whether the merge is launched so that it may start before this kernel has ended
@@ -98,7 +99,6 @@ def decode_kernel(
     """One program works through one part for the packed heads of one key-value head; see `triton_kernel.decode`."""
     PACKS: tl.constexpr = (GROUP + PACK - 1) // PACK
     VALUE_SIZE: tl.constexpr = VALUE_MAIN + VALUE_TAIL
-    MERGE_ROWS: tl.constexpr = triton.next_power_of_2(PACK)
     MERGE_QUERIES: tl.constexpr = MERGE_ROWS // PACK
     MERGE_COLUMNS: tl.constexpr = VALUE_MAIN * 2 if VALUE_TAIL else VALUE_MAIN
     merge_lanes = tl.arange(0, MERGE_ROWS)

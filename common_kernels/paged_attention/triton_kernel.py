@@ -377,6 +377,7 @@ def decode(
         GROUP=group,
         PACK=workspace.pack,
         QUERIES=schedule.shape.block,
+        MERGE_ROWS=triton.next_power_of_2(workspace.pack),
         MERGE_CHUNK=workspace.merge_chunk,
         DEPENDENT=device_has.dependent_launch,
         OVERLAPPED=overlapped,

@@ -26,12 +26,14 @@ def _copy(
     scale: tl.tensor,
     HEADS: tl.constexpr,
     SIZE: tl.constexpr,
+    HEAD_LANES: tl.constexpr,
+    SIZE_LANES: tl.constexpr,
     QUANTISE: tl.constexpr,
     SCALES: tl.constexpr,  # 0: none; 1: one for all heads; 2: one each
 ) -> None:
     """One token's vectors, [HEADS, SIZE], from one place to another."""
-    heads = tl.arange(0, triton.next_power_of_2(HEADS))[:, None]
-    columns = tl.arange(0, triton.next_power_of_2(SIZE))[None, :]
+    heads = tl.arange(0, HEAD_LANES)[:, None]
+    columns = tl.arange(0, SIZE_LANES)[None, :]
     here = (heads < HEADS) & (columns < SIZE)
     numbers = tl.load(source + heads * source_stride_h + columns * source_stride_d, mask=here, other=0.0)
     if QUANTISE:
@@ -74,6 +76,9 @@ def store_kernel(
     HEADS: tl.constexpr,
     FIRST: tl.constexpr,
     SECOND: tl.constexpr,
+    HEAD_LANES: tl.constexpr,  # powers of two, at least HEADS, FIRST and SECOND
+    FIRST_LANES: tl.constexpr,
+    SECOND_LANES: tl.constexpr,
     QUANTISE: tl.constexpr,
     FIRST_SCALES: tl.constexpr,
     SECOND_SCALES: tl.constexpr,
@@ -96,6 +101,8 @@ def store_kernel(
             first_scale,
             HEADS,
             FIRST,
+            HEAD_LANES,
+            FIRST_LANES,
             QUANTISE,
             FIRST_SCALES,
         )
@@ -109,6 +116,8 @@ def store_kernel(
             second_scale,
             HEADS,
             SECOND,
+            HEAD_LANES,
+            SECOND_LANES,
             QUANTISE,
             SECOND_SCALES,
         )
@@ -148,6 +157,9 @@ def store_kv(
         HEADS=heads,
         FIRST=key_size,
         SECOND=value_size,
+        HEAD_LANES=triton.next_power_of_2(heads),
+        FIRST_LANES=triton.next_power_of_2(key_size),
+        SECOND_LANES=triton.next_power_of_2(value_size),
         QUANTISE=quantise,
         FIRST_SCALES=_scales(key_scale),
         SECOND_SCALES=_scales(value_scale),
