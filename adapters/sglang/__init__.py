@@ -6,6 +6,7 @@
 | `layers` | what a layer asks of our kernels, and why it cannot be served |
 | `steps` | SGLang's batches as steps of ours |
 | `backend` | the backend: metadata of both kinds, dense attention, MLA |
+| `drafts` | the steps that a draft model runs ahead |
 | `bridge` | the ledger: every touch of SGLang's internals, and every difference between its releases |
 """
 

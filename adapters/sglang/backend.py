@@ -37,6 +37,7 @@ class TautBackend(AttentionBackend):
 
     Args:
         model_runner: SGLang's; its model is loaded and its pools are made.
+        ahead: how many tokens ahead of the lengths that a batch gives its decode steps are; see `drafts`.
 
     Raises:
         ValueError: a layer cannot be served; the message holds every reason.
@@ -51,8 +52,9 @@ class TautBackend(AttentionBackend):
 
     needs_cpu_seq_lens = False
 
-    def __init__(self, model_runner: Any) -> None:
+    def __init__(self, model_runner: Any, ahead: int = 0) -> None:
         super().__init__()
+        self.ahead = ahead
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.forward_metadata: TautMetadata | None = None
@@ -122,7 +124,7 @@ class TautBackend(AttentionBackend):
         if forward_batch.batch_size == 0:
             self.forward_metadata = None
             return
-        metadata = self.steps.metadata(batch_of(forward_batch, in_graph=False))
+        metadata = self.steps.metadata(self._batch(forward_batch, in_graph=False))
         self._make_room(metadata.batch)
         self.forward_metadata = metadata
         self._prepare(metadata)
@@ -135,7 +137,7 @@ class TautBackend(AttentionBackend):
         """
         prompts = forward_batch.forward_mode.is_extend_without_speculative()
         if in_capture or prompts:
-            metadata = self.steps.metadata(batch_of(forward_batch, in_graph=True))
+            metadata = self.steps.metadata(self._batch(forward_batch, in_graph=True))
             if in_capture:
                 self._keep(forward_batch.forward_mode, metadata)
             self.forward_metadata = metadata
@@ -146,7 +148,7 @@ class TautBackend(AttentionBackend):
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
         """What a graph holds of the metadata: lengths and schedules, a launch each, out of the batch's own tensors."""
-        metadata = self.steps.metadata(batch_of(forward_batch, in_graph=True))
+        metadata = self.steps.metadata(self._batch(forward_batch, in_graph=True))
         self._keep(forward_batch.forward_mode, metadata)
         self.forward_metadata = metadata
         self._prepare(metadata)
@@ -172,7 +174,7 @@ class TautBackend(AttentionBackend):
             queries,
             None,
             queries,
-            queries if forward_mode.is_target_verify() else 0,
+            queries if forward_mode.is_target_verify() else self.ahead,
         )
         self.forward_metadata = metadata = self.steps.metadata(batch)
         self._keep(forward_mode, metadata)
@@ -194,6 +196,9 @@ class TautBackend(AttentionBackend):
         self.forward_metadata = metadata = self.captured[forward_mode, bs][-1]
         metadata.batch = replace(metadata.batch, seq_lens=seq_lens[:bs])
         self._prepare(metadata)
+
+    def _batch(self, forward_batch: Any, *, in_graph: bool) -> Batch:
+        return batch_of(forward_batch, in_graph=in_graph, ahead=self.ahead)
 
     def _keep(self, forward_mode: Any, metadata: TautMetadata) -> None:
         """Keep what a graph reads as long as we are."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ ENGINE = "sglang.srt.entrypoints.engine"
 PIECEWISE = "disable_piecewise_cuda_graph"
 SCHEDULER = "sglang.srt.managers.scheduler"
 SPECULATION = "sglang.srt.speculative.spec_info"
+DRAFTS = "sglang.srt.speculative.draft_utils"
 VERIFY_MASK = "sglang.srt.layers.attention.verify_mask"
 BUILDERS = ("init_attention_backends", "init_attention_backend")
 
@@ -190,6 +192,15 @@ LEDGER = (
         why="we read none, for a chain's is causal: the smallest there is, and nothing is filled",
         ends="never",
         probe=lambda: _has(VERIFY_MASK, "maybe_create_verify_mask"),
+    ),
+    Touch(
+        what="DraftBackendFactory._create_backend: which class serves the steps of a draft, by the backend's name",
+        since="0.5.11",
+        until="",
+        detected="a method of the class; with a parameter stamps_children, from 0.5.18 on, its map gives a name, too",
+        why="its map is a local one: our entry is added when it is passed on",
+        ends="when a registered backend can say what serves its drafts",
+        probe=lambda: _has_method(DRAFTS, "DraftBackendFactory", "_create_backend"),
     ),
     Touch(
         what="get_config: a model's configuration, with the user's overrides",
@@ -389,6 +400,31 @@ def before_resolution(hook: Callable[[Any], None]) -> None:
             hook(args)
 
     _hook(f"{SERVER_ARGS}.ServerArgs.{method}", unresolved, "BEFORE")
+
+
+def register_drafts(steps: Callable[[Any, int], Any], extend: Callable[[Any], Any]) -> None:
+    """Let `NAME` stand for our backends of a draft model, in a process that has imported schedulers.
+
+    Args:
+        steps: makes, of a model runner and the number of tokens of a draft, what serves the steps that it runs ahead;
+            None lets SGLang's own serve them.
+        extend: makes, of a model runner, what takes in the tokens that were accepted.
+    """
+
+    def add(factory: Any, _asked: str, backends: dict[str, Callable[[], Any]], *_: Any, **__: Any) -> None:
+        runner, named = factory.draft_model_runner, "stamps_children" in signature(factory._create_backend).parameters
+
+        def ours() -> Any:
+            ahead = backends["triton"] == factory._create_triton_decode_backend
+            made = steps(runner, factory.speculative_num_steps) if ahead else extend(runner)
+            if made is None:
+                return backends["triton"]()
+            return (NAME, made) if named else made
+
+        backends[NAME] = ours
+
+    if SCHEDULER in sys.modules:
+        _hook(f"{DRAFTS}.DraftBackendFactory._create_backend", add, "BEFORE")
 
 
 def after_the_scheduler_is_made(hook: Callable[[], None]) -> None:

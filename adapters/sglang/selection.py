@@ -23,6 +23,8 @@ from taut.common_kernels.model import problems_of_model
 from taut.common_kernels.providers import ProviderError, registry
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from taut.common_kernels.problem import Problem
 
 log = logging.getLogger("taut.sglang")
@@ -30,6 +32,8 @@ log = logging.getLogger("taut.sglang")
 DTYPES = {"auto": None, "half": "float16", "float": "float32"}
 # Models for which SGLang admits only backends of its own, by name.
 ADMITTED_BY_NAME = ("Llama4ForConditionalGeneration", "Gemma4ForConditionalGeneration", "Gemma4ForCausalLM")
+# Whose draft model runs ahead step by step, each of one token.
+DRAFTED_BY_STEPS = ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE")
 CACHE_DTYPES = {"auto": None, "fp8_e4m3": "float8_e4m3fn", "bf16": "bfloat16", "bfloat16": "bfloat16"}
 
 
@@ -65,6 +69,7 @@ def register(selection: Selection) -> None:
         say(f"SGLang keeps its own attention: {error}", logging.WARNING)
         return
     bridge.register(build)
+    bridge.register_drafts(build_drafts, build)
     if selection.mode is not None:
         bridge.before_resolution(choose)
     if selection.mode == "on":
@@ -98,16 +103,34 @@ def build(model_runner: Any) -> Any:
     """
     from taut.adapters.sglang.backend import TautBackend
 
-    try:
-        backend = TautBackend(model_runner)
-    except ValueError as error:
-        if _state.selection.mode != "auto":
-            raise
-        stock = "torch_native" if str(model_runner.device).startswith("cpu") else "triton"
-        say(f"TAUT_ATTENTION=auto: SGLang's {stock} serves in our place: {error}", logging.WARNING)
+    stock = "torch_native" if str(model_runner.device).startswith("cpu") else "triton"
+    backend = _built(lambda: TautBackend(model_runner), stock)
+    if backend is None:
         return bridge.stock_backend(stock, model_runner)
     _state.built = True
     return backend
+
+
+def build_drafts(model_runner: Any, steps: int) -> Any:
+    """The backends of the steps that a draft model runs ahead; None where SGLang's own are to serve, as in `build`.
+
+    Raises:
+        ValueError: a layer cannot be served; the message holds every reason.
+    """
+    from taut.adapters.sglang.drafts import TautDraftBackend
+
+    return _built(lambda: TautDraftBackend(model_runner, steps), "triton")
+
+
+def _built(make: Callable[[], Any], stock: str) -> Any:
+    """What `make` makes; with `auto` None where it cannot, and one line that says why."""
+    try:
+        return make()
+    except ValueError as error:
+        if _state.selection.mode != "auto":
+            raise
+        say(f"TAUT_ATTENTION=auto: SGLang's {stock} serves in our place: {error}", logging.WARNING)
+        return None
 
 
 def verify() -> None:
@@ -134,9 +157,10 @@ def argument_refusals(server_args: Any) -> list[str]:
                 "speculative decoding that verifies trees (NGRAM, --speculative-eagle-topk above 1) is not supported, "
                 "only chains: --speculative-eagle-topk 1"
             )
-        elif draft in (None, bridge.NAME):
+        elif draft in (None, bridge.NAME) and algorithm not in DRAFTED_BY_STEPS:
             reasons.append(
-                "a draft model's attention is not supported: name another backend for it, "
+                f"the attention of drafts of --speculative-algorithm {algorithm} is not supported, only of "
+                f"{', '.join(DRAFTED_BY_STEPS)}: name another backend for it, "
                 "--speculative-draft-attention-backend triton"
             )
     switches = {

@@ -51,12 +51,13 @@ class Batch:
         return int(self.seq_lens.shape[0])
 
 
-def batch_of(forward_batch: Any, *, in_graph: bool) -> Batch:
+def batch_of(forward_batch: Any, *, in_graph: bool, ahead: int = 0) -> Batch:
     """A `ForwardBatch` of SGLang's.
 
     Args:
         forward_batch: of any mode but idle.
         in_graph: whether it is about to be captured or replayed: then nothing but shapes may be asked of it.
+        ahead: tokens that each request has got in a decode step beyond what the batch counts.
 
     Raises:
         ValueError: it verifies a tree of drafts.
@@ -64,7 +65,7 @@ def batch_of(forward_batch: Any, *, in_graph: bool) -> Batch:
     mode, rows = forward_batch.forward_mode, forward_batch.batch_size
     request_rows, seq_lens = forward_batch.req_pool_indices[:rows], forward_batch.seq_lens[:rows]
     if mode.is_decode_or_idle():
-        return Batch(request_rows, seq_lens, rows)
+        return Batch(request_rows, seq_lens, rows, uncounted=ahead)
     tokens = int(forward_batch.input_ids.shape[0])
     if mode.is_target_verify():
         refuse_trees(forward_batch.spec_info)
@@ -208,6 +209,7 @@ class Steps:
         positions.clamp_(max=int(self.table.shape[1]) - 1)  # past a row's end: read here, and never by a kernel
         rows = step.pages.rows
         slots = self.table[rows[:, None] if rows is not None else slice(None), positions]
+        slots.clamp_(0, len(translation) - 1)  # what stands past a row's end need not be a slot
         return Step(
             step.query_starts,
             step.lengths - first,

@@ -277,6 +277,8 @@ def test_warm_up_runs_every_kind_of_step_and_leaves_the_cache_alone(monkeypatch:
     assert "step" not in selection._state.said  # no step of SGLang's
     monkeypatch.undo()
     backend.TautBackend(runner(layer())).warm_up()  # the reference runs them, too: rows without keys
+    windowed = runner(layer(sliding_window_size=4), pool=HybridPool())  # whose `req_to_token` holds no slots as yet
+    backend.TautBackend(windowed).warm_up()
 
 
 @pytest.mark.parametrize("encoder", [False, True])
@@ -400,7 +402,7 @@ def test_a_tree_of_drafts_is_refused_before_a_number_is_computed() -> None:
         ({}, {"kv_cache_dtype": "fp4_e2m1"}, "--kv-cache-dtype fp4_e2m1"),
         ({}, {"speculative_algorithm": "NGRAM", "speculative_ngram_max_bfs_breadth": 1}, "verifies trees"),
         ({}, {"speculative_algorithm": "EAGLE", "speculative_eagle_topk": 4}, "verifies trees"),
-        ({}, {"speculative_algorithm": "EAGLE", "speculative_eagle_topk": 1}, "a draft model's attention"),
+        ({}, {"speculative_algorithm": "DFLASH"}, "drafts of --speculative-algorithm DFLASH is not supported"),
         ({"logit_cap": 30.0, "logit_capping_method": "sigmoid"}, {}, "logit_capping_method=sigmoid"),
         ({"pos_encoding_mode": "ALIBI"}, {}, "pos_encoding_mode=ALIBI"),
         ({}, {"dcp_size": 2}, "context parallelism"),

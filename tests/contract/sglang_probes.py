@@ -21,11 +21,24 @@ def made_with(name: str, scheduler: type) -> str:
     return ""
 
 
+def drafted(kind: str) -> str:
+    """What serves a draft model whose backend is ours, in its steps ("decode") or when it takes in ("prefill")."""
+    module = import_module(bridge.DRAFTS)
+    module.attention_backends = lambda: ("triton", "triton")  # of the target
+    factory = object.__new__(module.DraftBackendFactory)
+    factory.draft_model_runner, factory.speculative_num_steps, factory.draft_attn_backend = None, 3, bridge.NAME
+    backends = {"triton": getattr(factory, f"_create_triton_{kind}_backend")}
+    made = factory._create_backend("decode_attention_backend", backends, "{backend_type}")
+    return str(made.serves)
+
+
 def main() -> None:
     scheduler = import_module(bridge.SCHEDULER).Scheduler  # what a process that computes has imported, and no more
     assert bridge.MODEL_RUNNER not in sys.modules
     made: list[str] = []
     scheduler.__init__ = lambda _self, server_args: made.append(server_args.attention_backend)
+    selection.build = lambda _runner: SimpleNamespace(serves="what was accepted")
+    selection.build_drafts = lambda _runner, steps: SimpleNamespace(serves=f"{steps} steps")
     selection.register(Selection("on"))
     bridge.register_mla(lambda _layer, _batch: None)
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
@@ -47,6 +60,7 @@ def main() -> None:
             "hooked": sorted(HookRegistry._patched),
             "made": made,
             "refused": refused,
+            "drafts": [drafted(kind) for kind in ("decode", "prefill")],
             "chunked prefixes": [bridge.NAME in getattr(module, bridge.CHUNKED_PREFIXES, ()) for module in lists],
             "abstract": sorted(TautBackend.__abstractmethods__),
             "absent": [  # hooks of a graph that this release calls and we lack

@@ -48,7 +48,8 @@ def test_the_adapter_holds(release: str) -> None:
     assert found["registered"]
     assert found["abstract"] == []
     assert set(found["absent"]) <= NOT_ASKED_FOR
-    assert len(found["hooked"]) == 2, found["hooked"]
+    assert len(found["hooked"]) == 3, found["hooked"]
     assert found["made"] == ["triton", "taut", "taut"]
     assert [("did not take effect" in why) for why in found["refused"]] == [True, True, False], found["refused"]
+    assert found["drafts"] == ["3 steps", "what was accepted"]
     assert any(found["chunked prefixes"])
