@@ -146,6 +146,8 @@ class Kit:
         yield from self.split_op()
         yield from self.verification()
         yield from self.draft_extend()
+        if ON_GPU:
+            yield from self.draft_steps()
 
     def plain(self) -> Iterator[Case]:
         """Dense, windowed and latent attention, uncaptured, over each layout of pages."""
@@ -256,6 +258,18 @@ class Kit:
             ):
                 yield self.case("draft extend", f"{case.name} {padding}", run, case, pad_style=padding)
 
+    def draft_steps(self) -> Iterator[Case]:
+        """Steps that a draft model runs ahead, by themselves and in a graph, which the kit captures on a GPU alone."""
+        drafts = import_module(f"{KIT}.runner_modes.speculative_draft_runner")
+        dense = drafts.run_dense_eagle_draft_cuda_graph_runner_case
+        mla = drafts.run_mla_eagle_draft_cuda_graph_runner_case
+        for run, case in (
+            (dense, self.dense_case("mha_draft_steps", "DECODE", prefix_lens=(4, 7, 15))),
+            (dense, self.dense_case("gqa_draft_steps", "DECODE", prefix_lens=(4, 7, 15), num_kv_heads=2)),
+            (mla, self.mla_case("mla_draft_steps", "DECODE", prefix_lens=(4, 7, 15))),
+        ):
+            yield self.case("draft steps", case.name, run, case)
+
     def case(
         self, group: str, name: str, run: Callable[..., None], case: Any, *, refused: str = "", **how: Any
     ) -> Case:
@@ -364,6 +378,7 @@ def main() -> int:
     import sglang
     from sglang.srt.plugins import load_plugins
 
+    import_module("sglang.srt.managers.scheduler")  # where it is, our drafts are registered: a process that computes
     load_plugins()
     calls = count_calls()
     outcomes = []
