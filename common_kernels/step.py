@@ -54,7 +54,7 @@ class Step:
         lengths: [R] int32 on the device; cached tokens of each row, the new ones included; 0 for a row without work.
         pages: where they lie.
         max_query: host bound on the queries of one row.
-        max_length: host bound on `lengths`; kernels must not depend on it, since a captured graph outlives it.
+        max_length: host bound on `lengths`; no result may depend on it, since a captured graph outlives it.
     """
 
     query_starts: Tensor

@@ -1002,8 +1002,6 @@ def mla_decode_kernel(
     REGISTERS: gl.constexpr,  # of a thread that computes; those that bring keys have what remains
 ) -> None:
     """One program works through one part for one block of rows; see this module's text."""
-    if OVERLAPPED:
-        wait_for_launch()
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     DTYPE: gl.constexpr = q_nope.dtype.element_ty
@@ -1047,6 +1045,8 @@ def mla_decode_kernel(
             mbarrier.init(weighed.index(slot), count=1)
         fence_async_shared()
         thread_barrier()
+        if OVERLAPPED:
+            wait_for_launch()
         many_buffers = (left, right, rope, q_left, q_right, q_rope, weights, tops, totals)
         many_barriers = (full_left, full_right, free_left, free_right, weighed, query_ready, totals_ready)
         gl.warp_specialize(
@@ -1113,6 +1113,8 @@ def mla_decode_kernel(
         mbarrier.init(right_given, count=1)
         fence_async_shared()
         thread_barrier()
+        if OVERLAPPED:
+            wait_for_launch()
         few_buffers = (left, right, rope, q_left, q_right, q_rope, weights, tops, totals, given)
         few_barriers = (
             full_left,

@@ -19,7 +19,7 @@ from taut.common_kernels.paged_attention import triton_kernel as portable
 from taut.common_kernels.paged_attention.hopper_decode import decode_kernel
 from taut.common_kernels.paged_attention.hopper_prefill import prefill_kernel
 from taut.common_kernels.paged_attention.hopper_ring import COLUMNS_OF_BOX, ELEMENTS_OF_PIECE
-from taut.common_kernels.paged_attention.triton_kernel import halves, tile_facts
+from taut.common_kernels.paged_attention.triton_kernel import halves, heads_together, tile_facts
 from taut.common_kernels.reference import NoWorkspace
 from taut.common_kernels.schedule.triton_kernel import launch_options
 from taut.common_kernels.tiles import table_for
@@ -133,6 +133,7 @@ def paged_attention(
             table=step.pages.table,
             table_rows=step.pages.rows,
             page_size=step.pages.page_size,
+            max_length=step.max_length,
             more_than=longest,
             **options,
         )
@@ -273,6 +274,7 @@ def ragged_attention(
         out,
         prefill_tile(query, key, value, workspace.table_path if isinstance(workspace, NoWorkspace) else None),
         scale=scale,
+        max_length=max_length,
         lse=lse,
         sinks=sinks,
         alibi_slopes=alibi_slopes,
@@ -290,6 +292,7 @@ def launch_prefill(
     tile: Tile,
     *,
     scale: float,
+    max_length: int,
     lse: Tensor | None = None,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
@@ -302,6 +305,7 @@ def launch_prefill(
 
     Args:
         lengths: [R]; without a table the starts of each row's keys, [R + 1].
+        max_length: of the keys of a row.
         page_size: 0 without a table.
         more_than: rows with no more queries than this are left out.
         others: as in `Kernels.paged_attention`.
@@ -315,7 +319,8 @@ def launch_prefill(
     head_main, head_tail = halves(query.shape[2])
     loading = tile["load_registers" if box else "gather_registers"]
     blocks = tokens // (128 // pack) + rows + 1  # see `row_of_block`; one more row for the padding
-    prefill_kernel[(kv_heads * triton.cdiv(group, pack), blocks)](
+    packs = triton.cdiv(group, pack)
+    prefill_kernel[(kv_heads * packs * blocks,)](
         query,
         boxes_of(key, box) if box else key,
         boxes_of(value, box) if box else value,
@@ -329,6 +334,8 @@ def launch_prefill(
         table_rows,
         tokens,
         rows,
+        kv_heads * packs,
+        heads_together(key, value, max_length, packs * blocks, str(query.device)) * packs,
         key.shape[0],
         scale,
         mask.soft_cap,

@@ -63,6 +63,15 @@ def row_of_block(query_starts: gl.tensor, rows: gl.tensor, block: gl.tensor, BLO
 
 
 @gluon.jit
+def place_of(program: gl.tensor, packs: gl.tensor, together: gl.tensor, blocks: gl.tensor) -> gl.tensor:
+    """Which pack of heads and which block of queries a program serves; see `triton_prefill.place_of`."""
+    first = program // (together * blocks) * together
+    beside = gl.minimum(together, packs - first)
+    place = program - first * blocks
+    return first + place % beside, blocks - 1 - place // beside
+
+
+@gluon.jit
 def load_tiles(
     start: gl.tensor,
     tiles: gl.tensor,
@@ -470,7 +479,7 @@ def attend(
     gl.store(out_rows[:, None] + columns[None, :], q_rows.load(wide), mask=wide_ours[:, None])
 
 
-@gluon.jit(do_not_specialize=["tokens", "rows", "pages"])
+@gluon.jit(do_not_specialize=["tokens", "rows", "packs", "together", "pages"])
 def prefill_kernel(
     query: gl.tensor,  # [T, Hq, D]
     key: gl.tensor,  # [N, P, Hk, D] if gathered, else a descriptor of [N, Hk, P, D]; contiguous: of [1, Hk, K, D]
@@ -485,6 +494,8 @@ def prefill_kernel(
     table_rows: gl.tensor,  # [R], or None
     tokens: gl.tensor,
     rows: gl.tensor,
+    packs: gl.tensor,  # packs of heads
+    together: gl.tensor,  # of them, how many run side by side
     pages: gl.tensor,  # N, and so the number of a page that there is not
     scale: gl.tensor,
     soft_cap: gl.tensor,
@@ -525,10 +536,9 @@ def prefill_kernel(
     QUERIES: gl.constexpr = BLOCK_M // PACK
     PACKS: gl.constexpr = (GROUP + PACK - 1) // PACK
     LOAD_WARPS: gl.constexpr = 1 if BOX else GATHERING_WARPS
-    # As in `triton_prefill`: heads side by side, a row's last blocks first.
-    kv_head = gl.program_id(0) // PACKS
-    first_group_head = gl.program_id(0) % PACKS * PACK
-    block = gl.num_programs(1) - 1 - gl.program_id(1)
+    pack, block = place_of(gl.program_id(0), packs, together, gl.num_programs(0) // packs)
+    kv_head = pack // PACKS
+    first_group_head = pack % PACKS * PACK
     row, first_block = row_of_block(query_starts, rows, block, QUERIES)
     row_start = gl.load(query_starts + row)
     row_end = tokens

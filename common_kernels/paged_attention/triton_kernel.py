@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from taut.common_kernels.tiles import Tile, TileTable
 
 DECODE_QUERIES = 16  # rows with more new tokens than this are prefilled
+CACHED_KEYS = 24 << 20  # bytes of keys and values that an L2 cache holds for sure, beside all else
 MERGED_BY_LAST = 64 * 1024  # numbers in the most partials of a query that one program merges
 MERGED_AT_ONCE = 8 * 1024  # numbers of them that it reads together
 
@@ -410,7 +411,7 @@ def ragged_attention(
     *,
     scale: float,
     max_query: int,  # noqa: ARG001 - the grid follows the number of queries
-    max_length: int,  # noqa: ARG001
+    max_length: int,
     lse: Tensor | None = None,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
@@ -435,10 +436,30 @@ def ragged_attention(
         (0, *key.stride()),
         (0, *value.stride()),
         scale=scale,
+        max_length=max_length,
         lse=lse,
         sinks=sinks,
         alibi_slopes=alibi_slopes,
     )
+
+
+def heads_together(key: Tensor, value: Tensor, max_length: int, programs: int, device: str) -> int:
+    """How many key-value heads the prefill kernel serves at a time.
+
+    Every block of queries reads its head's keys again. With few heads at a time it finds them in the L2 cache; with
+    all of many heads at a time the cache holds nobody's keys. Too few heads at a time leave the GPU idle at the end,
+    where the last blocks of the last heads differ in length.
+
+    Args:
+        key, value: [*, Hk, D], [*, Hk, V].
+        max_length: the most keys of a row.
+        programs: of one head.
+        device: "cuda:0".
+    """
+    of_a_head = max_length * (key.shape[-1] + value.shape[-1]) * key.dtype.itemsize
+    cached = CACHED_KEYS // max(1, of_a_head)
+    wanted = max(cached, -(-2 * device_facts(device).multiprocessors // programs))
+    return max(1, min(wanted, key.shape[-2]))
 
 
 def prefill(
@@ -468,6 +489,7 @@ def prefill(
         table=step.pages.table,
         table_rows=step.pages.rows,
         page_size=step.pages.page_size,
+        max_length=step.max_length,
         more_than=more_than,
         **options,
     )
@@ -486,6 +508,7 @@ def launch_prefill(
     value_strides: tuple[int, ...],
     *,
     scale: float,
+    max_length: int,
     lse: Tensor | None = None,
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
@@ -501,6 +524,7 @@ def launch_prefill(
     Args:
         lengths: [R]; without a table the starts of each row's keys, [R + 1].
         key_strides: of page, token, head, element; the page's is of no meaning without a table.
+        max_length: of the keys of a row.
         others: as in `Kernels.paged_attention`.
     """
     tokens, q_heads, _ = query.shape
@@ -509,7 +533,8 @@ def launch_prefill(
     rows = query_starts.shape[0] - 1
     pack = min(tile["pack"], group)
     blocks = tokens // (tile["rows"] // pack) + rows + 1  # see `row_of_block`; one more row for the padding
-    prefill_kernel[(kv_heads * triton.cdiv(group, pack), blocks)](
+    packs = triton.cdiv(group, pack)
+    prefill_kernel[(kv_heads * packs * blocks,)](
         query,
         key,
         value,
@@ -525,6 +550,8 @@ def launch_prefill(
         table_rows,
         tokens,
         rows,
+        kv_heads * packs,
+        heads_together(key, value, max_length, packs * blocks, str(query.device)) * packs,
         scale,
         mask.soft_cap,
         mask.left,

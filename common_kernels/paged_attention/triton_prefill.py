@@ -35,7 +35,19 @@ def row_of_block(query_starts: tl.tensor, rows: tl.tensor, block: tl.tensor, BLO
     return low, tl.load(query_starts + low) // BLOCK + low
 
 
-@triton.jit(do_not_specialize=["tokens", "rows"])
+@triton.jit
+def place_of(program: tl.tensor, packs: tl.tensor, together: tl.tensor, blocks: tl.tensor) -> tl.tensor:
+    """Which pack of heads and which block of queries a program serves; see `triton_kernel.heads_together`.
+
+    So many packs run side by side, and their last blocks come first: under a causal mask they are the longest.
+    """
+    first = program // (together * blocks) * together
+    beside = tl.minimum(together, packs - first)
+    place = program - first * blocks
+    return first + place % beside, blocks - 1 - place // beside
+
+
+@triton.jit(do_not_specialize=["tokens", "rows", "packs", "together"])
 def prefill_kernel(
     query: tl.tensor,  # [T, Hq, D]
     key: tl.tensor,  # [N, P, Hk, D]; contiguous: [K, Hk, D]
@@ -52,6 +64,8 @@ def prefill_kernel(
     table_rows: tl.tensor,  # [R], or None
     tokens: tl.tensor,
     rows: tl.tensor,
+    packs: tl.tensor,  # packs of heads
+    together: tl.tensor,  # of them, how many run side by side
     scale: tl.tensor,
     soft_cap: tl.tensor,
     left: tl.tensor,
@@ -99,10 +113,8 @@ def prefill_kernel(
     """One program attends for one block of queries of a row and PACK of its heads; see `triton_kernel.prefill`."""
     PACKS: tl.constexpr = (GROUP + PACK - 1) // PACK
     QUERIES: tl.constexpr = BLOCK_M // PACK
-    # Heads run side by side, so that those of one group find their keys in the cache; the last blocks of a row come
-    # first, since under a causal mask they are the longest.
-    kv_head = tl.program_id(0) // PACKS
-    block = tl.num_programs(1) - 1 - tl.program_id(1)
+    pack, block = place_of(tl.program_id(0), packs, together, tl.num_programs(0) // packs)
+    kv_head = pack // PACKS
     row, first_block = row_of_block(query_starts, rows, block, QUERIES)
     row_start = tl.load(query_starts + row)
     row_end = tokens
@@ -120,7 +132,7 @@ def prefill_kernel(
 
     lanes = tl.arange(0, BLOCK_M)
     query_tokens = first_query + lanes // PACK
-    group_heads = (tl.program_id(0) % PACKS) * PACK + lanes % PACK
+    group_heads = (pack % PACKS) * PACK + lanes % PACK
     heads = kv_head * GROUP + group_heads
     ours = (query_tokens < row_end) & (lanes // PACK < QUERIES) & (group_heads < GROUP)
     first_position = length - (row_end - first_query)

@@ -109,6 +109,12 @@ def test_groups(small: Any, q_heads: int, kv_heads: int, served_by: str) -> None
     check(small, PagedCase(**PAGED_BATCH, **SHORT, q_heads=q_heads, kv_heads=kv_heads), served_by)
 
 
+@pytest.mark.parametrize("together", [1, 2])
+def test_heads_that_are_served_one_after_the_other(small: Any, monkeypatch: pytest.MonkeyPatch, together: int) -> None:
+    monkeypatch.setattr(hopper_kernel, "heads_together", lambda *_: together)
+    check(small, PagedCase(**PAGED_BATCH, **SHORT, q_heads=9, kv_heads=3), "prefill")
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_any_order(small: Any, seed: int) -> None:
     """Rings that go round several times, in the order of several seeds."""

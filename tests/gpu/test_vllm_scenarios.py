@@ -24,7 +24,8 @@ SCALE = Scale(
     requests=200, longest=1500, shared=300, tokens=64, judged=24, vocabulary=31999,
     engine={
         # Given, not measured: several processes share the GPU.
-        "gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 4 << 30, "num_gpu_blocks_override": 700, "block_size": 64, "max_num_seqs": 256,
+        "gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 4 << 30,
+        "num_gpu_blocks_override": 700, "block_size": 64, "max_num_seqs": 256,
         "compilation_config": {
             "mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY",
             "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 192, 256],

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from cases import LAYOUTS, MASKS, PAGED_BATCH, PagedCase, assert_close, build_paged, build_ragged
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -105,6 +106,22 @@ def test_layouts_and_page_sizes(small: Any, page_size: int, layout: Any) -> None
 def test_groups(small: Any, q_heads: int, kv_heads: int, served_by: str) -> None:
     """Groups that fill no tile, that leave rows of one idle, and that need several."""
     check(small, PagedCase(**PAGED_BATCH, q_heads=q_heads, kv_heads=kv_heads), served_by)
+
+
+@pytest.mark.parametrize(
+    ("cached", "programs", "expected"), [(0, 100, 1), (0, 3, 3), (0, 1, 5), (2, 100, 2), (9, 1, 5)]
+)
+def test_few_heads_at_a_time(monkeypatch: pytest.MonkeyPatch, cached: int, programs: int, expected: int) -> None:
+    """As many as the cache holds, but enough for two rounds of the GPU's four multiprocessors, of five heads."""
+    key, value = torch.empty(1, 5, 96, dtype=torch.float16), torch.empty(1, 5, 32, dtype=torch.float16)
+    monkeypatch.setattr(triton_kernel, "CACHED_KEYS", cached * 1000 * (96 + 32) * 2)
+    assert triton_kernel.heads_together(key, value, 1000, programs, "cpu") == expected
+
+
+@pytest.mark.parametrize("together", [1, 2, 4])
+def test_heads_that_are_served_one_after_the_other(small: Any, monkeypatch: pytest.MonkeyPatch, together: int) -> None:
+    monkeypatch.setattr(triton_kernel, "heads_together", lambda *_: together)
+    check(small, PagedCase(**PAGED_BATCH, q_heads=15, kv_heads=5), "prefill")
 
 
 def test_one_row_with_one_query(small: Any) -> None:
