@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from taut.benchmarks.results import About, Results, Row
 
-OURS_COLOUR = "#c2410c"
+OUR_COLOURS = ("#c2410c", "#f59e0b", "#7f1d1d")  # of our providers, where there are several
 PEER_COLOURS = ("#1d4ed8", "#0f766e", "#7c3aed", "#64748b", "#a16207", "#be185d")  # told apart in grey too
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 FLOOR = "#94a3b8"
@@ -101,9 +101,11 @@ def _names(kernels: Sequence[KernelResults]) -> list[str]:
 
 
 def _colours(names: Sequence[str]) -> dict[str, str]:
-    peers = [name for name in names if not is_ours(name)]
-    colours = {name: PEER_COLOURS[i % len(PEER_COLOURS)] for i, name in enumerate(peers)}
-    return {name: OURS_COLOUR if is_ours(name) else colours[name] for name in names}
+    colours = {}
+    for palette, wanted in ((OUR_COLOURS, True), (PEER_COLOURS, False)):
+        mine = [name for name in names if is_ours(name) == wanted]
+        colours |= {name: palette[i % len(palette)] for i, name in enumerate(mine)}
+    return colours
 
 
 def _title(about: About, what: str) -> str:
@@ -192,12 +194,12 @@ def latency(kernels: Sequence[KernelResults]) -> Figure | None:
 
 
 def speed_up(kernels: Sequence[KernelResults]) -> Figure | None:
-    """For each row how many times faster ours is than each peer, a panel for each operation; None without peers."""
+    """For each row how many times faster the faster of ours is than each peer; None without peers."""
     rows = [row for one in kernels for row in one.rows if row.ours() and row.peers()]
     if not rows:
         return None
-    names = [name for name in _names(kernels) if not is_ours(name)]
-    colours = _colours(names)
+    mine = [name for name in _names(kernels) if is_ours(name)]
+    colours = _colours([name for name in _names(kernels) if not is_ours(name)])
     operations = list(dict.fromkeys(row.operation for row in rows))
     counts = [sum(row.operation == operation for row in rows) for operation in operations]
     figure = _figure(9, 1.2 + 0.9 * len(operations) + 0.3 * len(rows))
@@ -206,15 +208,15 @@ def speed_up(kernels: Sequence[KernelResults]) -> Figure | None:
     lowest, highest = min(1.0, *ratios), max(1.0, *ratios)
     for place, operation in enumerate(operations):
         axes = figure.add_subplot(grid[place])
-        mine = [row for row in rows if row.operation == operation]
-        _bars(axes, mine, colours)
+        _bars(axes, [row for row in rows if row.operation == operation], colours)
         axes.set(xscale="log", xlim=(lowest / 1.4, highest * 1.4))
         ticks = [2.0**i for i in range(-6, 10) if lowest / 1.4 <= 2.0**i <= highest * 1.4]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         axes.set_title(operation, loc="left")
     axes.set_xlabel("times as fast as the peer (above 1: taut is faster)")
-    figure.suptitle(_title(kernels[0].about, "taut beside each peer"), x=0.01, ha="left", fontsize=9)
+    what = "taut beside each peer" if len(mine) < 2 else f"the faster of {' and '.join(mine)} beside each peer"
+    figure.suptitle(_title(kernels[0].about, what), x=0.01, ha="left", fontsize=9)
     return figure
 
 
@@ -255,7 +257,7 @@ def throughput(engines: Sequence[EngineResults]) -> Figure | None:
     figure = _figure(4.2 * columns, (0.9 + 0.32 * most) * lines + 0.4)
     for place, ((engine, model, name), speeds) in enumerate(panels.items()):
         axes = figure.add_subplot(lines, columns, place + 1)
-        colours = [OURS_COLOUR if is_ours(name) else FLOOR for name in speeds]
+        colours = [OUR_COLOURS[0] if is_ours(name) else FLOOR for name in speeds]
         bars = axes.barh(range(len(speeds)), list(speeds.values()), color=colours, height=0.6)
         axes.bar_label(bars, [f"{speed:.0f}" for speed in speeds.values()], padding=3, fontsize=8)
         axes.set_yticks(range(len(speeds)), list(speeds))
