@@ -147,6 +147,26 @@ def test_a_layer_costs_its_kernels_and_nothing_else(offered: bool) -> None:
     assert ours.forward(query, key, key, attention, forward) is not out
 
 
+def test_a_tensor_that_is_not_this_layers_is_left_alone() -> None:
+    """Releases before 0.5.23 leave the tensor of the last captured layer behind, whatever layer comes next."""
+    attention = layer()
+    made = runner(attention)
+    ours = backend.TautBackend(made)
+    query, key = torch.randn(2, HEADS * SIZE), torch.randn(2, KV_HEADS, SIZE)
+    for stale in (torch.zeros(3, HEADS * SIZE), torch.zeros(2, HEADS * SIZE, dtype=torch.bfloat16)):
+        forward = batch(made, ForwardMode.DECODE, [1, 1], [1, 1])
+        forward._attn_output = stale
+        ours.init_forward_metadata(forward)
+        out = ours.forward(query, key, key, attention, forward)
+        assert (out.shape, out.dtype) == ((2, HEADS * SIZE), torch.float32)
+        assert not stale.any()
+    room = torch.full((3, HEADS * SIZE), torch.nan)  # of padded tokens, of which two are tokens
+    forward._attn_output = mine = room[:2]
+    assert ours.forward(query, key, key, attention, forward) is mine
+    assert room[:2].isfinite().all()
+    assert room[2].isnan().all()
+
+
 @pytest.mark.parametrize("window", [-1, 4])
 @pytest.mark.parametrize("hybrid", [False, True])
 @pytest.mark.parametrize("mode", [ForwardMode.DECODE, ForwardMode.TARGET_VERIFY])
