@@ -101,7 +101,7 @@ def _names(kernels: Sequence[KernelResults]) -> list[str]:
 
 
 def _colours(names: Sequence[str]) -> dict[str, str]:
-    colours = {}
+    colours: dict[str, str] = {}
     for palette, wanted in ((OUR_COLOURS, True), (PEER_COLOURS, False)):
         mine = [name for name in names if is_ours(name) == wanted]
         colours |= {name: palette[i % len(palette)] for i, name in enumerate(mine)}

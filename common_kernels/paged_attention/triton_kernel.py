@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 
 DECODE_QUERIES = 16  # rows with more new tokens than this are prefilled
 CACHED_KEYS = 24 << 20  # bytes of keys and values that an L2 cache holds for sure, beside all else
+SHARERS = (
+    16  # blocks of queries that run at once and share keys: then reading those from memory takes little of the time
+)
 MERGED_BY_LAST = 64 * 1024  # numbers in the most partials of a query that one program merges
 MERGED_AT_ONCE = 8 * 1024  # numbers of them that it reads together
 
@@ -446,9 +449,9 @@ def ragged_attention(
 def heads_together(key: Tensor, value: Tensor, max_length: int, programs: int, device: str) -> int:
     """How many key-value heads the prefill kernel serves at a time.
 
-    Every block of queries reads its head's keys again. With few heads at a time it finds them in the L2 cache; with
-    all of many heads at a time the cache holds nobody's keys. Too few heads at a time leave the GPU idle at the end,
-    where the last blocks of the last heads differ in length.
+    Every block of queries reads its head's keys again. Where all of many heads are served at a time, the blocks that
+    run at once share few keys, and the L2 cache holds nobody's for long: memory is read once for every block. Too few
+    heads at a time leave the GPU idle at the end, where the last blocks of the last heads differ in length.
 
     Args:
         key, value: [*, Hk, D], [*, Hk, V].
@@ -456,10 +459,12 @@ def heads_together(key: Tensor, value: Tensor, max_length: int, programs: int, d
         programs: of one head.
         device: "cuda:0".
     """
+    heads, multiprocessors = key.shape[-2], device_facts(device).multiprocessors
     of_a_head = max_length * (key.shape[-1] + value.shape[-1]) * key.dtype.itemsize
     cached = CACHED_KEYS // max(1, of_a_head)
-    wanted = max(cached, -(-2 * device_facts(device).multiprocessors // programs))
-    return max(1, min(wanted, key.shape[-2]))
+    busy_at_the_end = -(-2 * multiprocessors // programs)
+    together = max(1, cached, multiprocessors // SHARERS, busy_at_the_end)
+    return int(-(-heads // -(-heads // together)))  # groups of heads of one size
 
 
 def prefill(

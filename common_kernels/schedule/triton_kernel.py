@@ -331,7 +331,7 @@ class DeviceSchedule:
             CHUNK=chunk,
             PARTS_CHUNK=min(MOST_AT_ONCE, triton.next_power_of_2(shape.parts)),
             DEPENDENT=self.dependent,
-            num_warps=8,
+            num_warps=8 if chunk < MOST_AT_ONCE else 16,
             **launch_options(self.dependent),
         )
         return items
@@ -349,7 +349,9 @@ def launch_options(dependent: bool) -> dict[str, bool]:
 def launch_sizes(items: int) -> tuple[int, int]:
     """How many items the schedule kernel handles together, and the halvings of its searches among so many or rows.
 
-    Few values, so that few variants are compiled: chunks of 256 or of 1024, and halvings for as many items as the
-    smaller chunk, or for 2^20.
+    Few values, so that few variants are compiled: chunks of 256 or of 1024, and halvings for as many items as a chunk
+    has, or for 2^20.
     """
-    return (256, 8) if items <= 256 else (MOST_AT_ONCE, 20)
+    if items <= 256:
+        return 256, 8
+    return MOST_AT_ONCE, 10 if items <= MOST_AT_ONCE else 20

@@ -109,10 +109,14 @@ def test_groups(small: Any, q_heads: int, kv_heads: int, served_by: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("cached", "programs", "expected"), [(0, 100, 1), (0, 3, 3), (0, 1, 5), (2, 100, 2), (9, 1, 5)]
+    ("cached", "sharers", "programs", "expected"),
+    [(0, 16, 100, 1), (0, 16, 3, 3), (0, 16, 1, 5), (2, 16, 100, 2), (9, 16, 100, 5), (0, 1, 100, 3)],
 )
-def test_few_heads_at_a_time(monkeypatch: pytest.MonkeyPatch, cached: int, programs: int, expected: int) -> None:
-    """As many as the cache holds, but enough for two rounds of the GPU's four multiprocessors, of five heads."""
+def test_few_heads_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, cached: int, sharers: int, programs: int, expected: int
+) -> None:
+    """Of five heads as many as the cache holds, but enough for two rounds of the GPU's four multiprocessors."""
+    monkeypatch.setattr(triton_kernel, "SHARERS", sharers)
     key, value = torch.empty(1, 5, 96, dtype=torch.float16), torch.empty(1, 5, 32, dtype=torch.float16)
     monkeypatch.setattr(triton_kernel, "CACHED_KEYS", cached * 1000 * (96 + 32) * 2)
     assert triton_kernel.heads_together(key, value, 1000, programs, "cpu") == expected
