@@ -78,7 +78,7 @@ class TautBackend(AttentionBackend):
         self.max_tokens = most_tokens(arguments)
         # Queries of each row in the steps that come again and again: decode, and verification where there are drafts.
         drafts = int(getattr(arguments, "speculative_num_draft_tokens", None) or 0)
-        self.usual_queries = sorted({1, drafts or 1})
+        self.usual_queries = [1] if ahead else sorted({1, drafts or 1})
         verified = 0 if getattr(model_runner, "is_draft_worker", False) else drafts
         self._verify_mask = bridge.unread_verify_mask(
             verified, int(self.req_to_token_pool.size), self.max_context_len, self.device
@@ -89,11 +89,12 @@ class TautBackend(AttentionBackend):
         self._workspace_rows = 0
         self._sinks: dict[Any, tuple[Tensor, int | None]] = {}
         found = bridge.attention_layers(getattr(model_runner, "model", None))
-        # By layer and queries of a row, 0 for any number.
+        # By layer and queries of a row, 0 for any number, which no step ahead has.
         self.plans: dict[tuple[Any, int], Plan] = {}
+        counts = self.usual_queries if ahead else [0, *self.usual_queries]
         try:
             for layer, plan in layers.judge(found, self.around).items():
-                for queries in (0, *self.usual_queries):
+                for queries in counts:
                     self.plans[layer, queries] = layers.bounded(plan, queries, self.around.kernels)
         except ValueError as error:
             raise ValueError(selection.refusal([str(error)])) from error
@@ -245,17 +246,18 @@ class TautBackend(AttentionBackend):
         are compiled for the number of rows and for the most queries that the host promises, not for how many there are.
         """
         most = min(int(self.req_to_token_pool.size), MOST_IDLE_ROWS)
-        kinds = {plan.problem: layer for (layer, queries), plan in self.plans.items() if not queries}
+        kinds = {plan.problem: layer for (layer, queries), plan in self.plans.items() if queries == 1}
         for layer in kinds.values():
             for rows in sorted({min(1 << power, most) for power in range(most.bit_length() + 1)}):
                 for queries in self.usual_queries:
                     self._run_idle(layer, rows, queries)
-            self._run_idle(layer, 1, 0)
+            if not self.ahead:
+                self._run_idle(layer, 1, 0)
         self.forward_metadata = None
 
     def _run_idle(self, layer: Any, rows: int, queries: int) -> None:
         """One step of rows without keys through one layer; `queries` of each row, 0 for one row of a prompt."""
-        plan, tokens = self.plans[layer, 0], rows * (queries or 1)
+        plan, tokens = self.plans[layer, 1], rows * (queries or 1)
         nothing = torch.zeros(rows, dtype=torch.int64, device=self.device)
         counts = None if queries else torch.ones(rows, dtype=torch.int32, device=self.device)
         metadata = self.steps.metadata(Batch(nothing, nothing, tokens, queries, counts, queries or self.max_tokens))

@@ -66,6 +66,9 @@ def test_each_step_sees_what_the_steps_before_it_appended(how: str, window: int)
     target = TautBackend(made)
     drafts = TautDraftBackend(made, STEPS)
     assert len(drafts.attn_backends) == STEPS - 1
+    for backend in drafts.attn_backends:
+        assert {problem.max_query for problem, _ in backend.workspaces} == {1}  # no room for prompts
+        backend.warm_up()
     forward = batch(made, ForwardMode.EXTEND, LENGTHS, LENGTHS)
     target.init_forward_metadata(forward)
     keys, values = (torch.randn(sum(LENGTHS), KV_HEADS, SIZE) for _ in range(2))
