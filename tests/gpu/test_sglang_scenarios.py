@@ -125,7 +125,7 @@ def test_our_drafts_are_accepted_as_those_of_triton() -> None:
         pytest.skip("needs the small real model: make model")
     accepted = {}
     for attention in ("triton", "taut"):
-        asked = Asked("on", drafts_by(MODEL, attention))
+        asked = Asked("on", drafts_by(MODEL, attention) | {"decode_log_interval": 5})
         made = run(MODEL, asked, SCALE, SCALE.prompts(), SCALE.tokens, 0)
         assert [len(tokens) for tokens in made.result["token_ids"]] == [SCALE.tokens] * SCALE.requests
         lengths = [float(length) for length in re.findall(r"accept len: ([\d.]+)", made.log)]
