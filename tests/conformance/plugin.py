@@ -11,6 +11,7 @@ import functools
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 OUTCOMES = "CONFORMANCE_OUTCOMES"
 _calls = {"ours": 0}
+_state = SimpleNamespace(gathers=False)
 
 
 def _counted(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -31,8 +33,11 @@ def _counted(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     from vllm.plugins import load_general_plugins
+
+    # Among several processes those that run the tests know how often ours were called; the first only gathers.
+    _state.gathers = bool(config.getoption("numprocesses", None)) and "PYTEST_XDIST_WORKER" not in os.environ
 
     load_general_plugins()
     if os.environ.get("TAUT_ATTENTION") == "off":
@@ -56,22 +61,25 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         return
     if report.when == "setup" and report.passed:
         return
-    outcome = {
-        "test": report.nodeid,
-        "outcome": report.outcome,
-        "why": _why(report),
-        "calls": _calls["ours"],
-        "seconds": round(report.duration, 2),
-    }
-    with Path(os.environ[OUTCOMES]).open("a") as sink:
-        sink.write(json.dumps(outcome) + "\n")
+    _write(report, _calls["ours"], report.duration)
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
     """A module that cannot be collected is a result, too: skipped whole, or broken."""
-    if report.passed:
+    if not report.passed:
+        _write(report, 0, 0.0)
+
+
+def _write(report: pytest.TestReport | pytest.CollectReport, calls: int, seconds: float) -> None:
+    if _state.gathers:
         return
-    outcome = {"test": report.nodeid, "outcome": report.outcome, "why": _why(report), "calls": 0, "seconds": 0.0}
+    outcome = {
+        "test": report.nodeid,
+        "outcome": report.outcome,
+        "why": _why(report),
+        "calls": calls,
+        "seconds": round(seconds, 2),
+    }
     with Path(os.environ[OUTCOMES]).open("a") as sink:
         sink.write(json.dumps(outcome) + "\n")
 
