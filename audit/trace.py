@@ -118,7 +118,7 @@ class Trace:
         entered, began = self._entered, self._now()
         self._quiet = True
         try:
-            result = function(*arguments, **named)
+            result = _without_holes(function(*arguments, **named))
         finally:
             self._quiet = False
         if self._entered != entered:  # the way into a layer or a backend, whose operations were seen one by one
@@ -203,6 +203,16 @@ class Trace:
 
 def _ignore(_: Any) -> None:
     return None
+
+
+def _without_holes(result: Any) -> Any:
+    """An operator's list of tensors as torch takes it back from Python, which a list with a None is not.
+
+    FlashAttention 3 leaves those of its outputs undefined that it did not need.
+    """
+    if isinstance(result, list) and any(one is None for one in result):
+        return [torch.empty(0) if one is None else one for one in result]
+    return result
 
 
 def _transparent(module: str) -> bool:

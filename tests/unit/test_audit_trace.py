@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -199,6 +200,26 @@ def test_an_operator_of_an_engine_is_one_launch_whatever_it_is_made_of() -> None
     assert [(event.name, event.kinds) for event in events] == [
         ("taut_audit_test.whole", {"allocations": 1, "launches": 1})
     ]
+
+
+class WithHoles:
+    """An operator that leaves one of its list of outputs undefined, as FlashAttention 3 does."""
+
+    namespace, is_view = "vendor", False
+    _schema = SimpleNamespace(name="vendor::forward", arguments=[])
+
+    def __call__(self, x: torch.Tensor) -> list[torch.Tensor | None]:
+        return [x + 1, None]
+
+
+def test_torch_can_take_back_what_an_operator_gave() -> None:
+    """It takes no None in a list of tensors."""
+    trace, x = Trace("cpu", frozenset({__name__})), torch.ones(3)
+    with trace.step() as step, trace.inside("a layer", "layer", "backend"):
+        result = trace.dispatched(WithHoles(), (x,), {})
+    assert torch.equal(result[0], x + 1)
+    assert result[1].numel() == 0
+    assert [event.name for event in step.scopes[0].events] == ["vendor.forward"]
 
 
 @torch.library.custom_op("taut_audit_test::opaque", mutates_args=("output",))
