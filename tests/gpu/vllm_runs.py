@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
-AT_ONCE = 9  # processes that share the GPU
+AT_ONCE = 4  # processes that share the GPU, and the cores of its host
 
 
 @dataclass(frozen=True)
@@ -113,11 +114,13 @@ class Verdict:
         run: itself.
         prefill: mean distance of its log-probabilities of the prompts from the judge's, NaN if it was not asked for.
         decode: mean distance of its generated tokens behind those that the judge would have taken.
+        wall: seconds that its process took, its start included.
     """
 
     run: Run
     prefill: float
     decode: float
+    wall: float
 
 
 def judge(model: Path, asked: dict[str, Asked], scale: Scale, run: Callable[..., Run] = run) -> dict[str, Verdict]:
@@ -132,10 +135,11 @@ def judge(model: Path, asked: dict[str, Asked], scale: Scale, run: Callable[...,
     prompts = scale.prompts()
     with ThreadPoolExecutor(AT_ONCE) as pool:
         waiting = {
-            name: pool.submit(run, model, one, scale, prompts, scale.tokens, scale.judged if one.score else 0)
+            name: pool.submit(_timed, run, model, one, scale, prompts, scale.tokens, scale.judged if one.score else 0)
             for name, one in asked.items()
         }
-        runs = {name: future.result() for name, future in waiting.items()}
+        timed = {name: future.result() for name, future in waiting.items()}
+    runs = {name: one for name, (one, _) in timed.items()}
     texts = [
         prompt + text
         for one in runs.values()
@@ -153,8 +157,13 @@ def judge(model: Path, asked: dict[str, Asked], scale: Scale, run: Callable[...,
                 mine = one.result["logprobs"][i]
                 distances += [abs(a - b) for a, b in zip(mine, own[i][:split], strict=True)]
             shortfalls += [b - a for a, b in zip(own[i][split:], best[i][split:], strict=True)]
-        verdicts[name] = Verdict(one, _mean(distances), _mean(shortfalls))
+        verdicts[name] = Verdict(one, _mean(distances), _mean(shortfalls), timed[name][1])
     return verdicts
+
+
+def _timed(run: Callable[..., Run], *arguments: Any) -> tuple[Run, float]:
+    began = time.monotonic()
+    return run(*arguments), time.monotonic() - began
 
 
 def _mean(numbers: Iterable[float]) -> float:
@@ -172,6 +181,7 @@ def figures(verdicts: dict[str, Verdict]) -> str:
                 "preemptions": verdict.run.result["preemptions"],
                 "cached": sum(verdict.run.result["cached_tokens"]),
                 "seconds": round(verdict.run.result["seconds"], 2),
+                "wall": round(verdict.wall),
             }
             for name, verdict in verdicts.items()
         },
