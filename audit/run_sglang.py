@@ -59,6 +59,8 @@ class Audited:
     """
 
     def __init__(self, runner: Any, watch: Watch, request: Request, record: Path) -> None:
+        from taut.adapters.sglang import bridge
+
         self.runner = runner
         self.watch = watch
         self.record = record
@@ -71,7 +73,7 @@ class Audited:
         self.found = Run(
             asked=request.asked,
             engine="sglang",
-            release=import_module("sglang").__version__,
+            release=bridge.engine_version(),
             device=device_name(device),
             backend=class_name(backend),
             kernels=next((plan.provider for plan in getattr(backend, "plans", {}).values()), ""),
@@ -119,9 +121,10 @@ class Audited:
 
 
 def _layers(runner: Any) -> dict[str, Any]:
-    from sglang.srt.layers.radix_attention import RadixAttention
+    from taut.adapters.sglang import bridge
 
-    return {name: module for name, module in runner.model.named_modules() if isinstance(module, RadixAttention)}
+    found = set(bridge.attention_layers(runner.model))
+    return {name: module for name, module in runner.model.named_modules() if module in found}
 
 
 def _facts(name: str, layer: Any, runner: Any) -> Layer:

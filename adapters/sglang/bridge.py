@@ -36,6 +36,7 @@ MLA_UTILITIES = "sglang.srt.models.deepseek_common.utils"
 MLA_FORMS = "sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods"
 CAPTURE_PROBES = ("is_in_piecewise_cuda_graph", "is_in_tc_piecewise_cuda_graph", "is_in_breakable_cuda_graph")
 BASE = "sglang.srt.layers.attention.base_attn_backend"
+LAYERS = "sglang.srt.layers.radix_attention"
 SWA_POOL = "sglang.srt.mem_cache.swa_memory_pool"
 CHUNKED_PREFIXES = "CHUNKED_PREFIX_CACHE_SUPPORTED_ATTENTION_BACKENDS"
 CONFIGS = "sglang.srt.utils.hf_transformers_utils"
@@ -149,6 +150,15 @@ LEDGER = (
         why="the backend has both",
         ends="when 0.5.12 leaves the range",
         probe=lambda: _has_method(BASE, "AttentionBackend", "init_forward_metadata_capture_cuda_graph"),
+    ),
+    Touch(
+        what="RadixAttention: the class of every attention layer with a cache",
+        since="0.5.11",
+        until="",
+        detected="importable from sglang.srt.layers.radix_attention",
+        why="a model's layers are judged before it serves, and found by `taut audit`",
+        ends="never",
+        probe=lambda: _has(LAYERS, "RadixAttention"),
     ),
     Touch(
         what="the pools: token_to_kv_pool and req_to_token_pool of the runner, and from 0.5.13 on of the backend",
@@ -465,10 +475,8 @@ def model_config(server_args: Any) -> dict[str, Any]:
 
 def attention_layers(model: Any) -> list[Any]:
     """Every attention layer of a model with a cache; empty where there is no model to look into."""
-    from sglang.srt.layers.radix_attention import RadixAttention
-
-    modules = getattr(model, "modules", None)
-    return [module for module in modules() if isinstance(module, RadixAttention)] if modules else []
+    modules, layer = getattr(model, "modules", None), import_module(LAYERS).RadixAttention
+    return [module for module in modules() if isinstance(module, layer)] if modules else []
 
 
 def sparse_refusal(model_runner: Any) -> list[str]:
