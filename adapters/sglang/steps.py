@@ -15,6 +15,7 @@ import torch
 
 from taut.adapters.sglang import bridge
 from taut.common_kernels.step import PageTable, Step
+from taut.common_kernels.windowed_pages import windowed_step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -194,26 +195,4 @@ class Steps:
         if batch.counts is not None:
             torch.cumsum(batch.counts, 0, dtype=torch.int32, out=step.query_starts[1:])
         if self.translation is not None:
-            metadata.windowed = self._windowed(step, self.translation)
-
-    def _windowed(self, step: Step, translation: Tensor) -> Step:
-        """The same rows as the windowed layers of a hybrid pool see them: the last keys only, in slots of their own.
-
-        Scores depend on how far a key lies back and not on where it stands: a row may begin with the first key that one
-        of its queries sees.
-        """
-        width = min(self.window + step.max_query, int(self.table.shape[1]))
-        queries = step.query_starts[1:] - step.query_starts[:-1]
-        first = (step.lengths - queries - self.window).clamp_(min=0)
-        positions = first[:, None] + torch.arange(width, dtype=torch.int32, device=self.table.device)
-        positions.clamp_(max=int(self.table.shape[1]) - 1)  # past a row's end: read here, and never by a kernel
-        rows = step.pages.rows
-        slots = self.table[rows[:, None] if rows is not None else slice(None), positions]
-        slots.clamp_(0, len(translation) - 1)  # what stands past a row's end need not be a slot
-        return Step(
-            step.query_starts,
-            step.lengths - first,
-            PageTable(translation[slots.long()].to(torch.int32), 1),
-            step.max_query,
-            width,
-        )
+            metadata.windowed = windowed_step(step, self.translation, self.window)
