@@ -30,9 +30,8 @@ class TautDraftBackend:
 
     def __init__(self, model_runner: Any, steps: int) -> None:
         self.attn_backends = [TautBackend(model_runner, ahead=step) for step in range(1, steps)]
-        self._captured_in: Any = (
-            None  # the mode of the batch that a graph was captured with, which a replay may not have
-        )
+        # The mode of the batch that a graph was captured with, which a replay may not have.
+        self._captured_in: Any = None
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *_: Any, **__: Any) -> None:
         """Room for whatever a graph holds, before the first is captured."""
