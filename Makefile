@@ -17,7 +17,7 @@ help:
 	@echo "make test   lint, types and all tests (the same)"
 	@echo "make sglang  the same for SGLang: its CPU engine, in an environment of its own"
 	@echo "make sglang-demo  the demo with SGLang, in that environment"
-	@echo "make sglang-releases  the same on three other releases of SGLang (fetches 400 MB once)"
+	@echo "make sglang-releases  the same on four other releases of SGLang (fetches 520 MB once)"
 	@echo "make mutants  every wait and fence of the Hopper kernels left out once, which must be noticed"
 	@echo "make contract  our classes against seven real releases of vLLM (fetches 1 GB once)"
 	@echo "make clean  remove what both have set up"
@@ -83,7 +83,7 @@ sglang-demo: $(SGLANG_VENV)/model.done
 	@PYTHONPATH=tests/standins $(SGLANG_VENV)/bin/taut demo --model $(MODEL)
 
 # The same engine tests on other releases, unpacked beside the one that is installed: it brings what they need.
-SGLANG_RELEASES ?= 0.5.15.post1 0.5.18 0.5.23
+SGLANG_RELEASES ?= 0.5.11 0.5.15.post1 0.5.18 0.5.23
 sglang-releases: $(SGLANG_VENV)/model.done
 	$(SGLANG_VENV)/bin/python tests/contract/sglang_releases.py $(SGLANG_RELEASES)
 	@for release in $(SGLANG_RELEASES); do \
