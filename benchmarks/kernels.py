@@ -163,4 +163,9 @@ def check_providers(wanted: Sequence[str]) -> None:
         for name in wanted:
             registry().check_name(name)
     except ProviderError as error:
-        raise BenchmarkError(str(error).replace("TAUT_KERNELS=", "--kernels ")) from None
+        raise asked_with_option(error) from None
+
+
+def asked_with_option(error: ProviderError) -> BenchmarkError:
+    """What a provider's refusal says to somebody who named it with --kernels."""
+    return BenchmarkError(str(error).replace("TAUT_KERNELS=", "--kernels "))

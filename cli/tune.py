@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from taut.benchmarks.tuning.journal import Journal
     from taut.benchmarks.tuning.search import Found, Outcome
+    from taut.common_kernels.problem import Problem
     from taut.common_kernels.tiles import Tile, TileTable
 
     Timer = Callable[[Sequence[Tile], Sequence[float] | None], Iterator[Outcome]]
@@ -51,6 +52,10 @@ def command(
     ] = None,
     decode: Annotated[str, typer.Option(help="The grid of decode.")] = DECODE,
     prefill: Annotated[str, typer.Option(help="The grid of prefill.")] = PREFILL,
+    provider: Annotated[
+        str | None,
+        typer.Option("--kernels", help="Whose tiles: triton or hopper; those that would serve if not given."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The table; tiles-TARGET.json here if not given.")
     ] = None,
@@ -62,19 +67,31 @@ def command(
         int | None, typer.Option(min=0, help="Processes that compile; all cores but one if not given.")
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what an interrupted run has measured.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be tuned; needs no GPU.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be tuned; needs no GPU, and takes triton's tiles there.")
+    ] = False,
     as_data: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
 ) -> None:
     """Measure which tiles are fastest on this GPU for these models, and write a tile table.
 
     Examples: taut tune llama deepseek | taut tune FOLDER --tp 8 --cache-dtype float8_e4m3fn -o mine.json | taut tune
-    FOLDER --decode "rows=1..256 context=8k" --dry-run
+    FOLDER --kernels triton | taut tune FOLDER --decode "rows=1..256 context=8k" --dry-run
 
     Use it with TAUT_TABLE=FILE. Every tile is checked against the reference before it is timed, and none is chosen that
     is slower than today's on any shape. Interrupted, the same command goes on where it was.
     """
     check_output(output)
-    asked = _asked(models, tensor_parallel, page_size, cache_dtype, decode, prefill)
+    target, provider_of = _who_serves(provider)
+    asked = questions(
+        _configs(models),
+        target=target,
+        provider_of=provider_of,
+        tensor_parallel=tensor_parallel,
+        page_size=page_size,
+        cache_dtype=cache_dtype,
+        decode=decode,
+        prefill=prefill,
+    )
     if dry_run:
         _dry_run(asked, as_data=as_data)
         return
@@ -92,26 +109,47 @@ def command(
         typer.echo(f"{tuning.output}: use it with TAUT_TABLE={tuning.output}")
 
 
-def _asked(
-    models: Sequence[str],
-    tensor_parallel: int,
-    page_size: int | None,
-    cache_dtype: str | None,
-    decode: str,
-    prefill: str,
-) -> list[Tuned]:
+def _configs(models: Sequence[str]) -> dict[str, dict[str, Any]]:
     from taut.benchmarks.models import model_named
 
-    configs = {model.name: model.config for model in map(model_named, dict.fromkeys(models))}
-    return questions(
-        configs,
-        target="any",
-        tensor_parallel=tensor_parallel,
-        page_size=page_size,
-        cache_dtype=cache_dtype,
-        decode=decode,
-        prefill=prefill,
-    )
+    return {model.name: model.config for model in map(model_named, dict.fromkeys(models))}
+
+
+def _who_serves(named: str | None) -> tuple[str, Callable[[Problem], str]]:
+    """The target of this machine, and which provider serves a problem there, as engines would be told.
+
+    Without a GPU the target is "any", and the automatic choice stands as `triton`, which serves on every GPU.
+
+    Args:
+        named: with --kernels; None for what TAUT_KERNELS says.
+    """
+    from taut.benchmarks.kernels import asked_with_option
+    from taut.common_kernels.providers import ProviderError, registry
+    from taut.engine_plugins.settings import settings
+
+    wanted, target = named or settings().kernels, _target()
+
+    def provider_of(problem: Problem) -> str:
+        try:
+            registry().check_name(wanted)
+            if target is None:
+                return "triton" if wanted == "auto" else wanted
+            return registry().choose(problem, wanted).provider.name
+        except ProviderError as error:
+            raise (asked_with_option(error) if named else error) from None
+
+    return target or "any", provider_of
+
+
+def _target() -> str | None:
+    """The target of the GPU that would be tuned; None where torch is missing, or finds none."""
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return None
+    from taut.common_kernels.targets import target_of
+
+    return target_of(torch.device("cuda:0")) if torch.cuda.is_available() else None
 
 
 def _dry_run(asked: Sequence[Tuned], *, as_data: bool) -> None:
@@ -119,11 +157,16 @@ def _dry_run(asked: Sequence[Tuned], *, as_data: bool) -> None:
         typer.echo(json.dumps([dataclasses.asdict(question) for question in asked], indent=1))
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("of the table", "asked with", "measured as", "shapes", "for"):
+    for heading in ("kernels", "of the table", "asked with", "measured as", "shapes", "for"):
         table.add_column(heading, overflow="fold")
     for one in asked:
         table.add_row(
-            one.table_operation, describe(one.facts), one.operation, str(len(one.shapes)), ", ".join(one.models)
+            one.provider,
+            one.table_operation,
+            describe(one.facts),
+            one.operation,
+            str(len(one.shapes)),
+            ", ".join(one.models),
         )
     wide_console().print(table)
 
@@ -234,7 +277,7 @@ class Tuning:
 
                 space = space_of(question.table_operation)
                 try:
-                    found.append(search(space, question.facts, start, counted, self.most))
+                    found.append(search(space, question.given, start, counted, self.most))
                 except SearchError as error:
                     raise BenchmarkError(f"{question.name}: {error}") from None
                 bar.update(task, visible=False)
@@ -272,6 +315,7 @@ def circumstances(
         "schema": SCHEMA,
         "gpu": gpu,
         "packages": {name: packages[name] for name in names if name in packages},
+        "kernels": " and ".join(sorted({question.provider for question in asked})),
         "questions": _digest([dataclasses.asdict(question) for question in asked]),
         "table": f"{base.name} {_digest(as_json(base))}",
         "most": most,
@@ -291,6 +335,7 @@ def outcome(tuning: Tuning, found: Sequence[Found]) -> dict[str, Any]:
         "base": tuning.base.name,
         "questions": [
             {
+                "provider": question.provider,
                 "operation": question.table_operation,
                 "facts": dict(question.facts),
                 "models": list(question.models),

@@ -26,7 +26,8 @@ from taut.benchmarks.tasks import TASKS, Paged, Task, relative_error
 from taut.benchmarks.timing import cache_bytes, copies_past_cache, microseconds
 from taut.benchmarks.tuning.search import Outcome
 from taut.benchmarks.tuning.writing import as_json, only
-from taut.common_kernels import portable, reference
+from taut.common_kernels import reference
+from taut.common_kernels.providers import registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -40,17 +41,15 @@ if TYPE_CHECKING:
     from taut.common_kernels.tiles import Tile, TileTable
     from taut.common_kernels.workspace import DeviceFacts
 
-KERNELS = cast("Kernels", portable)  # whose tiles the tables tell
-OURS = "taut.common_kernels"
-# Every kernel that an operation with a tile launches, where it is looked up.
-LAUNCHED = (
-    (f"{OURS}.mla_decode.triton_kernel", "mla_decode_kernel"),
-    (f"{OURS}.paged_attention.triton_kernel", "decode_kernel"),
-    (f"{OURS}.paged_attention.triton_kernel", "prefill_kernel"),
-    (f"{OURS}.merge.triton_kernel", "merge_items_kernel"),
-    (f"{OURS}.schedule.triton_kernel", "schedule_kernel"),
-)
-ASKED = tuple(f"{OURS}.{name}" for name in ("workspace", "mla_decode.triton_kernel", "paged_attention.triton_kernel"))
+# Modules of the kernels that an operation with a tile launches, and their names there: a provider's own, and what all
+# of them share.
+OWN = {
+    "mla_decode.{provider}_kernel": ("mla_decode_kernel",),
+    "paged_attention.{provider}_kernel": ("decode_kernel", "prefill_kernel"),
+}
+SHARED = {"merge.triton_kernel": ("merge_items_kernel",), "schedule.triton_kernel": ("schedule_kernel",)}
+# Modules that ask what the device is; those of Gluon ask the portable ones too.
+ASKING = ("workspace", "paged_attention.triton_kernel", *OWN)
 # Of the batch of the check. As many rows, and room for as many tokens, as divide by 16: Triton compiles for that.
 CHECKED_LENGTHS = (0, 1, 17, 640, 2500, 63, 4096, 16, 15, 0, 64, 1023, 33, 2, 3000, 128)
 CHECKED_TOKENS = 1000  # of each row where keys lie side by side
@@ -84,35 +83,60 @@ class CompileOnly:
         return compile_it
 
 
+def kernels_of(provider: str) -> Kernels:
+    """A provider's operations, whatever the device: whether it can serve was asked before."""
+    return next(one for one in registry().providers if one.name == provider).kernels
+
+
 @contextmanager
-def compiling_only(facts: DeviceFacts) -> Iterator[None]:
-    """Within it our kernels are compiled for a device of these facts, and nothing is launched."""
+def compiling_only(provider: str, facts: DeviceFacts) -> Iterator[None]:
+    """Within it a provider's kernels are compiled for a device of these facts, and nothing is launched."""
+
+    def module_of(name: str) -> Any:
+        return importlib.import_module(f"taut.common_kernels.{name.format(provider=provider)}")
+
     with ExitStack() as undo:
 
         def put(module: Any, name: str, value: Any) -> None:
             undo.callback(setattr, module, name, getattr(module, name))
             setattr(module, name, value)
 
-        for place, name in LAUNCHED:
-            module = importlib.import_module(place)
-            put(module, name, CompileOnly(getattr(module, name), facts.shared_memory))
-        for place in ASKED:
-            put(importlib.import_module(place), "device_facts", lambda _device: facts)
+        for place, names in (OWN | SHARED).items():
+            for name in names:
+                kernel = getattr(module_of(place), name)
+                put(module_of(place), name, CompileOnly(kernel, facts.shared_memory))
+        for place in ASKING:
+            put(module_of(place), "device_facts", lambda _device: facts)
         yield
 
 
-def compile_tile(job: tuple[str, tuple[Shape, ...], str, DeviceFacts]) -> Outcome:
-    """Compile everything that a tile needs at every shape, on tensors without memory: "timed" if all of it fits.
+@dataclass(frozen=True)
+class Job:
+    """What another process compiles.
 
     Args:
-        job: the operation, the shapes, a table with only this tile, and the facts of the device.
+        provider: whose kernels.
+        operation: as `operations` calls it.
+        shapes: at which shapes.
+        table: a file with only this tile.
+        facts: of the device.
     """
-    operation, shapes, table, facts = job
+
+    provider: str
+    operation: str
+    shapes: tuple[Shape, ...]
+    table: str
+    facts: DeviceFacts
+
+
+def compile_tile(job: Job) -> Outcome:
+    """Compile everything that a tile needs at every shape, on tensors without memory: "timed" if all of it fits."""
     try:
-        with compiling_only(facts):
-            for shape in shapes:
-                task = TASKS[operation](shape, "meta")
-                task.call(KERNELS, task.workspace(KERNELS, table))()
+        kernels = kernels_of(job.provider)
+        with compiling_only(job.provider, job.facts):
+            for shape in job.shapes:
+                task = TASKS[job.operation](shape, "meta")
+                task.call(kernels, task.workspace(kernels, job.table))()
     except MisfitError as error:
         return Outcome("does not fit", why=str(error))
     except Exception as error:  # whatever the compiler says of an odd tile
@@ -160,7 +184,7 @@ class Session:
         context = multiprocessing.get_context("spawn")
         return self._undo.enter_context(context.Pool(self.jobs, _leave_interruptions_to_the_parent))
 
-    def compiled(self, jobs: Sequence[tuple[str, tuple[Shape, ...], str, DeviceFacts]]) -> Iterator[Outcome]:
+    def compiled(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
         """What `compile_tile` says of each, in order, while the later ones are still compiled."""
         if not self.jobs:
             yield from (Outcome("timed") for _ in jobs)
@@ -185,6 +209,7 @@ class Measurer:
 
     def __init__(self, question: Tuned, session: Session) -> None:
         self.question, self.session = question, session
+        self.kernels = kernels_of(question.provider)
         self._rows: dict[int, list[Task]] = {}
         self._check: tuple[Task, Tensor] | None = None
         self._broken = ""
@@ -192,8 +217,8 @@ class Measurer:
     def __call__(self, tiles: Sequence[Tile], limits: Sequence[float] | None) -> Iterator[Outcome]:
         """The outcome of each tile, in order; see `search`."""
         tables = [self._table(tile) for tile in tiles]
-        shapes = (*self.question.shapes, checked_shape(self.question))
-        jobs = [(self.question.operation, shapes, table, self.session.facts) for table in tables]
+        one, shapes = self.question, (*self.question.shapes, checked_shape(self.question))
+        jobs = [Job(one.provider, one.operation, shapes, table, self.session.facts) for table in tables]
         for table, fits in zip(tables, self.session.compiled(jobs), strict=True):
             yield self._measure(table, limits) if fits.status == "timed" else fits
 
@@ -252,8 +277,8 @@ class Measurer:
             copies = copies_past_cache(held, cache_bytes()) if self.session.device != "cpu" else 1
             self._rows[number] = [first, *(make(shape, self.session.device) for _ in range(copies - 1))]
         tasks = self._rows[number]
-        workspace = tasks[0].workspace(KERNELS, table)  # all of them have the same lengths
-        return [task.call(KERNELS, workspace) for task in tasks]
+        workspace = tasks[0].workspace(self.kernels, table)  # all of them have the same lengths
+        return [task.call(self.kernels, workspace) for task in tasks]
 
     def _error(self, table: str) -> float:
         """The relative error on a ragged batch whose unused slots are poison."""
@@ -262,7 +287,7 @@ class Measurer:
             kernels = cast("Kernels", reference)
             self._check = task, task.result(task.call(kernels, task.workspace(kernels)))
         task, right = self._check
-        return relative_error(task.result(task.call(KERNELS, task.workspace(KERNELS, table))), right)
+        return relative_error(task.result(task.call(self.kernels, task.workspace(self.kernels, table))), right)
 
 
 def checked_shape(question: Tuned) -> Shape:

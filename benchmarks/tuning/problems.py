@@ -10,7 +10,7 @@ from taut.benchmarks.operations import LATENT, OPERATIONS, ROPE, Shape, describe
 from taut.common_kernels.model import problems_of_model
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from taut.common_kernels.problem import Problem
 
@@ -18,6 +18,8 @@ DECODE = "rows=1,16,128 context=4k,32k"
 PREFILL = "rows=1 context=8k,16k queries=2k,8k"
 MOST_CACHED = 1 << 20  # tokens of all rows together; more need too much memory to be worth it
 BYTES = {"bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+# The providers whose tiles are tuned, and what the names of their operations begin with in a table.
+TABLE_PREFIX = {"triton": "", "hopper": "hopper_"}
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Tuned:
     """One question to a tile table, and how its answer is measured.
 
     Args:
+        provider: whose kernels ask.
         table_operation: under which name tables have it.
         facts: what it is asked with.
         operation: what is run, as `operations` calls it.
@@ -32,6 +35,7 @@ class Tuned:
         models: whose layers ask.
     """
 
+    provider: str
     table_operation: str
     facts: Mapping[str, int]
     operation: str
@@ -43,11 +47,17 @@ class Tuned:
         """The question, in words: what a journal and a table tell it by."""
         return f"{self.table_operation} {describe(self.facts)}"
 
+    @property
+    def given(self) -> Mapping[str, int]:
+        """What decides which tiles are worth trying: the facts, and the page size (0 without pages) of its shapes."""
+        return {**self.facts, "page": self.shapes[0].get("page", 0)}
+
 
 def questions(
     models: Mapping[str, Mapping[str, Any]],
     *,
     target: str,
+    provider_of: Callable[[Problem], str] = lambda _problem: "triton",
     tensor_parallel: int = 1,
     page_size: int | None = None,
     cache_dtype: str | None = None,
@@ -59,6 +69,7 @@ def questions(
     Args:
         models: their configs by their names.
         target: "sm_90".
+        provider_of: whose kernels are tuned for a problem, by name.
         tensor_parallel: over how many devices their heads are shared out.
         page_size: tokens in a page; None for 64 with latent attention and 16 else.
         cache_dtype: of the cache; None for the model's own.
@@ -84,7 +95,7 @@ def questions(
             _check(name, problem)
             if problem.operation == "mla_decode" and page_size is None:
                 problem = replace(problem, page_size=64)
-            for question in _questions_of(problem, name, decode, prefill):
+            for question in _questions_of(problem, name, provider_of, decode, prefill):
                 before = found.get(question.name)
                 found[question.name] = _both(before, question) if before else question
     if not found:
@@ -112,14 +123,28 @@ def _check(name: str, problem: Problem) -> None:
         )
 
 
-def _questions_of(problem: Problem, model: str, decode: str, prefill: str) -> list[Tuned]:
+def _questions_of(
+    problem: Problem, model: str, provider_of: Callable[[Problem], str], decode: str, prefill: str
+) -> list[Tuned]:
     cached, float8 = BYTES[problem.cache_dtype], int(BYTES[problem.cache_dtype] == 1)
+    attends = problem.operation in ("mla_decode", "paged_attention", "ragged_attention")
+    if not attends or "non_causal" in problem.features:
+        return []
+    provider = provider_of(problem)
+    if provider not in TABLE_PREFIX:
+        raise BenchmarkError(
+            f"{model}: the kernels of {provider} would serve its {problem.operation}, and their tiles are none of ours "
+            f"to tune: --kernels names one of {', '.join(TABLE_PREFIX)}"
+        )
+
+    def asks(table_operation: str, facts: Mapping[str, int], operation: str, fixed: Shape, grid: str) -> Tuned:
+        name = TABLE_PREFIX[provider] + table_operation
+        return Tuned(provider, name, facts, operation, _shapes(operation, fixed, grid), (model,))
+
     if problem.operation == "mla_decode":
         facts = {"rows": problem.q_heads, "rank": problem.value_size, "cache_bytes": cached}
         fixed = {"heads": problem.q_heads, "page": problem.page_size, "float8": float8}
-        return [Tuned("mla_decode", facts, "mla_decode", _shapes("mla_decode", fixed, decode), (model,))]
-    if problem.operation not in ("paged_attention", "ragged_attention") or "non_causal" in problem.features:
-        return []
+        return [asks("mla_decode", facts, "mla_decode", fixed, decode)]
     facts = {
         "rows": problem.q_heads // problem.kv_heads,
         "key_bytes": (problem.head_size + problem.value_size) * cached,
@@ -133,11 +158,11 @@ def _questions_of(problem: Problem, model: str, decode: str, prefill: str) -> li
         "value": problem.value_size,
     }
     if problem.operation == "ragged_attention":
-        return [Tuned("paged_prefill", facts, "ragged_prefill", _shapes("ragged_prefill", fixed, prefill), (model,))]
+        return [asks("paged_prefill", facts, "ragged_prefill", fixed, prefill)]
     fixed |= {"page": problem.page_size, "float8": float8}
     return [
-        Tuned("paged_decode", facts, "paged_decode", _shapes("paged_decode", fixed, decode), (model,)),
-        Tuned("paged_prefill", facts, "paged_extend", _shapes("paged_extend", fixed, prefill), (model,)),
+        asks("paged_decode", facts, "paged_decode", fixed, decode),
+        asks("paged_prefill", facts, "paged_extend", fixed, prefill),
     ]
 
 

@@ -81,7 +81,7 @@ def score(outcome: Outcome, before: Outcome) -> float:
 
 def search(
     space: Space,
-    facts: Mapping[str, int],
+    given: Mapping[str, int],
     start: Tile,
     measure: Callable[[Sequence[Tile], Sequence[float] | None], Iterator[Outcome]],
     most: int = 100,
@@ -90,7 +90,7 @@ def search(
 
     Args:
         space: the tiles.
-        facts: of the question.
+        given: of the question.
         start: today's tile.
         measure: the timer: from tiles, and the most microseconds on each shape (None: no bound), to their outcomes, in
             order, one by one.
@@ -126,7 +126,7 @@ def search(
         return score(seen[_key(tile)], before) if _key(tile) in seen else float("inf")
 
     while complete:
-        neighbours = space.neighbours(best, facts)
+        neighbours = space.neighbours(best, given)
         complete = try_out(neighbours)
         jump = dict(best)
         for axis, values in space.axes.items():
@@ -134,7 +134,7 @@ def search(
             winner = min(singles, key=value)
             if value(winner) < value(best) * (1 - GAIN):
                 jump[axis] = winner[axis]
-        if space.possible(jump, facts):
+        if space.possible(jump, given):
             complete = try_out([jump]) and complete
         winner = min([best, *neighbours, jump], key=value)
         if value(winner) >= value(best) * (1 - GAIN):

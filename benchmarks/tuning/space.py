@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING
 
 from taut.benchmarks import BenchmarkError
@@ -19,33 +20,38 @@ class Space:
 
     Args:
         axes: the values of each number of a tile, in order.
-        coupled: pairs of numbers that are changed together too, since they trade one resource.
-        possible: whether a tile makes sense for these facts at all.
+        coupled: numbers that are changed together too, since they trade one resource.
+        possible: whether a tile makes sense at all for what is given, see `Tuned.given`.
         growing: numbers of which more never needs less shared memory.
         usual: numbers that a table may leave out, and what they then are, by the tile.
+        unread: numbers that the kernel does not look at, by the tile and what is given: they are left as they are.
     """
 
     axes: Mapping[str, tuple[int, ...]]
-    coupled: tuple[tuple[str, str], ...]
+    coupled: tuple[tuple[str, ...], ...]
     possible: Callable[[Tile, Mapping[str, int]], bool]
     growing: tuple[str, ...] = ("keys", "rows", "stages")
     usual: Callable[[Tile], Tile] = lambda _tile: {}
+    unread: Callable[[Tile, Mapping[str, int]], tuple[str, ...]] = lambda _tile, _given: ()
 
     def whole(self, tile: Tile) -> Tile:
         """A table's tile with what it may leave out."""
         return {**self.usual(tile), **tile}
 
-    def neighbours(self, tile: Tile, facts: Mapping[str, int]) -> list[Tile]:
-        """The tiles that differ in one number, then those that differ in a coupled pair; only possible ones."""
-        found = [{**tile, axis: value} for axis, values in self.axes.items() for value in values if value != tile[axis]]
-        for one, other in self.coupled:
-            found += [
-                {**tile, one: a, other: b}
-                for a in self.axes[one]
-                for b in self.axes[other]
-                if a != tile[one] and b != tile[other]
-            ]
-        return [one for one in found if self.possible(one, facts)]
+    def neighbours(self, tile: Tile, given: Mapping[str, int]) -> list[Tile]:
+        """The tiles that differ in one number, then those that differ in all of some coupled; only possible ones."""
+        together = [*((axis,) for axis in self.axes), *self.coupled]
+        changes = [
+            dict(zip(names, values, strict=True))
+            for names in together
+            for values in product(*(self.axes[name] for name in names))
+        ]
+        found = [{**tile, **change} for change in changes if all(tile[name] != change[name] for name in change)]
+        return [one for one in found if self.possible(one, given) and not self._differs_unread(one, tile, given)]
+
+    def _differs_unread(self, tile: Tile, other: Tile, given: Mapping[str, int]) -> bool:
+        """Whether two tiles differ in a number that is not looked at."""
+        return any(tile[name] != other[name] for name in self.unread(tile, given))
 
     def needs_more(self, tile: Tile, other: Tile) -> bool:
         """Whether a tile needs at least the shared memory of another one: alike but for what only grows."""
@@ -53,23 +59,75 @@ class Space:
         return alike and all(tile[name] >= other[name] for name in self.growing if name in tile)
 
 
-def _mla_possible(tile: Tile, facts: Mapping[str, int]) -> bool:
-    rows = facts["rows"]
-    if tile["rows"] > max(16, 1 << (rows - 1).bit_length()):  # rows that nobody fills
+def _mla_possible(tile: Tile, given: Mapping[str, int]) -> bool:
+    if tile["rows"] > _filled(given["rows"], 16):
         return False
     if tile["transposed"] and tile["spread"]:
         return False
     return tile["keys"] * tile["rows"] >= 32 * tile["warps"]  # a warp without a part of the scores
 
 
-def _decode_possible(tile: Tile, facts: Mapping[str, int]) -> bool:
-    if tile["keys"] % tile["cut"]:
+def _filled(rows: int, least: int) -> int:
+    """The rows of the largest tile that so many rows fill more than half of, or of the least one that there is."""
+    return max(least, 1 << (rows - 1).bit_length())
+
+
+def _decode_possible(tile: Tile, given: Mapping[str, int]) -> bool:
+    return tile["keys"] % tile["cut"] == 0 and tile["rows"] <= _filled(given["rows"], 16)
+
+
+def _prefill_possible(tile: Tile, given: Mapping[str, int]) -> bool:
+    return tile["pack"] <= given["rows"] and tile["rows"] >= 16 * tile["warps"] // 2
+
+
+def _cut_unread(tile: Tile, given: Mapping[str, int]) -> tuple[str, ...]:
+    """Where pages hold whole tiles, the schedule's tile is the kernel's."""
+    return ("cut",) if given["page"] and given["page"] % tile["keys"] == 0 else ()
+
+
+# The kernels of `hopper`. A number of registers is for whom a page size has bring the keys: the copy engine or threads.
+
+HOPPER_MEMORY, HOPPER_RESERVED = 233_472, 1024  # bytes of shared memory of a multiprocessor, and of them a program's
+
+
+def _hopper_mla_possible(tile: Tile, given: Mapping[str, int]) -> bool:
+    most = min(64, _filled(given["rows"], 8))
+    return tile["rows"] in (most, most // 2)  # fewer read the same keys more often still
+
+
+def _hopper_mla_unread(_tile: Tile, given: Mapping[str, int]) -> tuple[str, ...]:
+    boxed = given["page"] % 64 == 0 and given["cache_bytes"] == 2
+    return ("gather_registers",) if boxed else ("registers",)
+
+
+def _hopper_decode_possible(tile: Tile, given: Mapping[str, int]) -> bool:
+    # A part must not begin amid a box, and boxes are pages of up to half a tile. Tables are not asked with the page.
+    if tile["cut"] not in (tile["keys"], tile["keys"] // 2):
         return False
-    return tile["rows"] <= max(16, 1 << (facts["rows"] - 1).bit_length())
+    most = min(64, _filled(given["rows"], 8))
+    if tile["rows"] not in (most, most // 2):
+        return False
+    slots = tile["stages"] * tile["keys"] * given["key_bytes"]
+    weights = tile["rows"] * tile["keys"] * given["element_bytes"]
+    return _hopper_fits(slots + weights + tile["rows"] * given["key_bytes"] // 2, tile["programs"])
 
 
-def _prefill_possible(tile: Tile, facts: Mapping[str, int]) -> bool:
-    return tile["pack"] <= facts["rows"] and tile["rows"] >= 16 * tile["warps"] // 2
+def _hopper_prefill_possible(tile: Tile, given: Mapping[str, int]) -> bool:
+    if tile["pack"] > _filled(given["rows"], 1):
+        return False
+    slots = tile["stages"] * tile["keys"] * given["key_bytes"]
+    return _hopper_fits(slots + 128 * given["key_bytes"] // 2)
+
+
+def _hopper_fits(needs: int, programs: int = 1) -> bool:
+    """Whether programs that need at least so many bytes share a multiprocessor; what they need exactly is compiled."""
+    return programs * (needs + HOPPER_RESERVED) <= HOPPER_MEMORY
+
+
+def _hopper_paged_unread(tile: Tile, given: Mapping[str, int]) -> tuple[str, ...]:
+    page, keys = given["page"], tile["keys"]
+    boxed = page % keys == 0 or (page >= 16 and keys % page == 0)
+    return ("gather_registers",) if boxed else ("load_registers",)
 
 
 SPACES: dict[str, Space] = {
@@ -104,6 +162,7 @@ SPACES: dict[str, Space] = {
         (("keys", "stages"), ("keys", "cut"), ("warps", "programs")),
         _decode_possible,
         usual=lambda tile: {"cut": tile["keys"]},
+        unread=_cut_unread,
     ),
     "paged_prefill": Space(
         {
@@ -115,6 +174,49 @@ SPACES: dict[str, Space] = {
         },
         (("keys", "stages"), ("rows", "warps")),
         _prefill_possible,
+    ),
+    # Always 64 keys, two slots and one program: more do not fit.
+    "hopper_mla_decode": Space(
+        {
+            "rows": (8, 16, 32, 64),
+            "registers": (208, 216, 224, 232, 240),
+            "gather_registers": (168, 184, 200, 208, 216, 224),
+            "share": (1, 2, 4),
+            "spare": (0, 2, 4, 8),
+        },
+        (("rows", "registers"), ("rows", "gather_registers"), ("share", "spare")),
+        _hopper_mla_possible,
+        unread=_hopper_mla_unread,
+    ),
+    # Not three programs: 85 registers a thread are handed out as 88, of which the multiprocessor has too few for three.
+    "hopper_paged_decode": Space(
+        {
+            "rows": (8, 16, 32, 64),
+            "keys": (64, 128),
+            "cut": (32, 64, 128),
+            "stages": (2, 3, 4, 5, 6, 8),
+            "programs": (1, 2, 4),
+            "share": (1, 2),
+            "spare": (2, 4, 8),
+            "load_registers": (24, 40, 56, 72),
+            "gather_registers": (24, 40, 56, 72),
+        },
+        (("keys", "stages"), ("keys", "cut"), ("keys", "cut", "stages"), ("stages", "programs")),
+        _hopper_decode_possible,
+        usual=lambda tile: {"cut": tile["keys"]},
+        unread=lambda tile, given: _cut_unread(tile, given) + _hopper_paged_unread(tile, given),
+    ),
+    "hopper_paged_prefill": Space(
+        {
+            "keys": (64, 128),
+            "stages": (2, 3, 4, 5, 6),
+            "pack": (1, 2, 4, 8),
+            "load_registers": (24, 40, 56, 72),
+            "gather_registers": (24, 40, 56, 72),
+        },
+        (("keys", "stages"),),
+        _hopper_prefill_possible,
+        unread=_hopper_paged_unread,
     ),
 }
 

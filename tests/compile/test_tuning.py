@@ -2,29 +2,66 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 import torch
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
 from compile.launches import TARGETS, facts_of
 from taut.benchmarks.models import MODELS
-from taut.benchmarks.tuning.measure import compile_tile
+from taut.benchmarks.tuning import measure
+from taut.benchmarks.tuning.measure import Job, compile_tile
 from taut.benchmarks.tuning.problems import questions
 from taut.benchmarks.tuning.space import space_of
 from taut.benchmarks.tuning.writing import as_json, only
 from taut.common_kernels.tiles import built_in_tables, choose_table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from taut.benchmarks.tuning.problems import Tuned
+    from taut.common_kernels.tiles import Tile
 
 TARGET = "sm_90"
 BASE = choose_table(built_in_tables(), TARGET, TARGETS[TARGET][1])
-GRIDS = {"decode": "rows=2 context=1k", "prefill": "rows=1 context=1k queries=1k"}
-ASKED = questions({name: MODELS[name] for name in ("llama", "deepseek")}, target=TARGET, **GRIDS)
+FACTS = facts_of(TARGET)
+
+
+def asked(provider: str, page: int | None = None) -> list[Tuned]:
+    """What a Llama and a DeepSeek ask of a provider, at one small shape each."""
+    return questions(
+        {name: MODELS[name] for name in ("llama", "deepseek")},
+        target=TARGET,
+        provider_of=lambda _problem: provider,
+        page_size=page,
+        decode="rows=2 context=1k",
+        prefill="rows=1 context=1k queries=1k",
+    )
+
+
+def todays(one: Tuned) -> Tile:
+    """The tile that the table has."""
+    return space_of(one.table_operation).whole(BASE.tile(one.table_operation, one.facts))
+
+
+def largest(one: Tuned) -> Tile:
+    """From there number by number the largest that the space has: what would not compile or fit shows here."""
+    space, tile = space_of(one.table_operation), todays(one)
+    for axis, values in space.axes.items():
+        bigger = [{**tile, axis: value} for value in values]
+        tile = [one_of_them for one_of_them in bigger if space.possible(one_of_them, one.given)][-1]
+    return tile
+
+
+def job(one: Tuned, tile: Tile, folder: Path) -> Job:
+    """What `taut tune` would have compiled for a tile, without the batch that it checks."""
+    path = folder / f"{len(list(folder.iterdir()))}.json"
+    path.write_text(as_json(only(BASE, one.table_operation, tile)))
+    return Job(one.provider, one.operation, one.shapes, str(path), FACTS)
 
 
 class Driver:
@@ -51,22 +88,69 @@ def gpu() -> Iterator[None]:
     driver._active = before
 
 
-@pytest.mark.parametrize("one", ASKED[::2], ids=lambda one: one.name)
-def test_todays_tile_fits_and_a_huge_one_does_not(tmp_path: Path, one: Any) -> None:
-    tile = space_of(one.table_operation).whole(BASE.tile(one.table_operation, one.facts))
-    facts = facts_of(TARGET)
-    (tmp_path / "it.json").write_text(as_json(only(BASE, one.table_operation, tile)))
-    job = (one.operation, one.shapes, str(tmp_path / "it.json"))
-    assert compile_tile((*job, facts)).status == "timed"
+@pytest.mark.parametrize(
+    ("one", "tile_of"),
+    [*((one, todays) for one in asked("triton")[::2]), *((one, largest) for one in asked("hopper")[:3])],
+    ids=lambda it: getattr(it, "name", None),
+)
+def test_a_tile_fits_where_there_is_memory_enough(tmp_path: Path, one: Tuned, tile_of: Callable[[Tuned], Tile]) -> None:
+    work = job(one, tile_of(one), tmp_path)
+    outcome = compile_tile(work)
+    assert outcome.status == "timed", outcome.why
     # The same kernels, found in the cache, on a device that has less.
-    misfit = compile_tile((*job, replace(facts, shared_memory=1024)))
+    misfit = compile_tile(replace(work, facts=replace(FACTS, shared_memory=1024)))
     assert (misfit.status, "1024 are there" in misfit.why) == ("does not fit", True)
 
 
 def test_a_tile_that_cannot_be_compiled(tmp_path: Path) -> None:
-    one = ASKED[0]
-    tile = space_of(one.table_operation).whole(BASE.tile(one.table_operation, one.facts)) | {"keys": 48, "cut": 48}
-    (tmp_path / "it.json").write_text(as_json(only(BASE, one.table_operation, tile)))
-    outcome = compile_tile((one.operation, one.shapes, str(tmp_path / "it.json"), facts_of(TARGET)))
+    one = asked("triton")[0]
+    outcome = compile_tile(job(one, todays(one) | {"keys": 48, "cut": 48}, tmp_path))
     assert outcome.status == "failed"
     assert outcome.why
+
+
+@dataclass
+class Told:
+    """Stands in for `CompileOnly`: what would be compiled and launched is kept, and nothing is compiled.
+
+    Args:
+        kernel: the jitted kernel.
+        shared_memory: of no meaning here.
+    """
+
+    kernel: Any
+    shared_memory: int
+    launches: ClassVar[list[Any]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def tell(*arguments: Any, **named: Any) -> None:
+            plain = [self._plain(argument) for argument in arguments]
+            self.launches.append((self.kernel.__name__, grid, plain, named))
+
+        return tell
+
+    @staticmethod
+    def _plain(argument: Any) -> Any:
+        if isinstance(argument, TensorDescriptor):
+            return argument.block_shape
+        return tuple(argument.shape) if isinstance(argument, torch.Tensor) else argument
+
+
+@pytest.mark.parametrize("page", [None, 1, 64, 128])
+@pytest.mark.parametrize("provider", ["triton", "hopper"])
+def test_every_neighbour_is_launched_as_no_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, provider: str, page: int | None
+) -> None:
+    """Every number that is tried reaches a kernel of its provider: no two tiles are timed that do the same."""
+    monkeypatch.setattr(measure, "CompileOnly", Told)
+    kernels = {"mla_decode": "mla_decode_kernel", "paged_decode": "decode_kernel"}
+    for one in asked(provider, page):
+        start, space = todays(one), space_of(one.table_operation)
+        launches = []
+        for tile in [start, *space.neighbours(start, one.given)]:
+            monkeypatch.setattr(Told, "launches", [])
+            outcome = compile_tile(job(one, tile, tmp_path))
+            assert outcome.status == "timed", (tile, outcome.why)
+            assert kernels.get(one.operation, "prefill_kernel") in {name for name, *_ in Told.launches}
+            assert Told.launches not in launches, tile
+            launches.append(Told.launches)

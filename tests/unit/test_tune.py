@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from taut.common_kernels.tiles import Tile
 
 BASE = choose_table(built_in_tables(), "sm_90", 232_448)
-ASKED = questions({name: MODELS[name] for name in ("llama", "deepseek")}, target="sm_90")
+BOTH = {name: MODELS[name] for name in ("llama", "deepseek")}
+ASKED = questions(BOTH, target="sm_90")
+OF_HOPPER = questions(BOTH, target="sm_90", provider_of=lambda _problem: "hopper")
 SMALL = Space({"a": (1, 2, 3, 4), "b": (1, 2, 3), "keys": (16, 32, 64)}, (("a", "b"),), lambda _tile, _facts: True)
 TILES = [dict(zip(SMALL.axes, numbers, strict=True)) for numbers in product(*SMALL.axes.values())]
 
@@ -71,6 +73,23 @@ def test_the_questions_of_a_llama_and_of_a_deepseek() -> None:
     ]
     assert all(shape["rows"] * shape["context"] <= 1 << 20 for one in ASKED for shape in one.shapes)
     assert {shape["page"] for shape in ASKED[2].shapes} == {64}
+
+
+def test_whose_tiles_is_asked_for_each_problem() -> None:
+    """As a provider that serves latent attention alone would have it; all else is measured alike."""
+    asked = questions(
+        BOTH, target="sm_90", provider_of=lambda problem: "hopper" if problem.operation == "mla_decode" else "triton"
+    )
+    assert [(one.provider, one.table_operation) for one in asked] == [
+        ("triton", "paged_decode"), ("triton", "paged_prefill"), ("hopper", "hopper_mla_decode"),
+        ("triton", "paged_prefill"),
+    ]  # fmt: skip
+    assert [(one.operation, one.facts, one.shapes) for one in asked] == [
+        (one.operation, one.facts, one.shapes) for one in ASKED
+    ]
+    assert not {one.name for one in OF_HOPPER} & {one.name for one in ASKED}
+    with pytest.raises(BenchmarkError, match=r"llama: the kernels of acme would serve .* names one of triton, hopper"):
+        questions(BOTH, target="sm_90", provider_of=lambda _problem: "acme")
 
 
 def test_every_question_is_one_that_its_table_answers() -> None:
@@ -124,17 +143,52 @@ def test_a_latent_of_another_size_is_refused() -> None:
 # Spaces
 
 
-@pytest.mark.parametrize("one", ASKED, ids=lambda one: one.name)
+@pytest.mark.parametrize("one", [*ASKED, *OF_HOPPER], ids=lambda one: one.name)
 def test_todays_tiles_lie_in_their_space(one: Any) -> None:
     space = space_of(one.table_operation)
     tile = space.whole(BASE.tile(one.table_operation, one.facts))
     assert all(tile[axis] in values for axis, values in space.axes.items())
-    assert space.possible(tile, one.facts)
-    neighbours = space.neighbours(tile, one.facts)
-    assert 10 <= len(neighbours) <= 60
+    assert space.possible(tile, one.given)
+    neighbours = space.neighbours(tile, one.given)
+    assert 5 <= len(neighbours) <= 60
     assert tile not in neighbours
+    assert len({tuple(sorted(neighbour.items())) for neighbour in neighbours}) == len(neighbours)
     assert all(set(neighbour) == set(tile) for neighbour in neighbours)
-    assert all(sum(neighbour[axis] != tile[axis] for axis in tile) <= 2 for neighbour in neighbours)
+    most = max(map(len, space.coupled))
+    assert all(sum(neighbour[axis] != tile[axis] for axis in tile) <= most for neighbour in neighbours)
+
+
+def all_that_may_be_asked() -> Iterator[Any]:
+    """Hopper's questions for many heads, key sizes and pages."""
+    for heads, kv_heads, size in product((8, 20, 128), (1, 2, 8), (64, 128, 256)):
+        if heads % kv_heads:
+            continue
+        wide = MODELS["llama"] | {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": size}
+        many = MODELS["deepseek"] | {"num_attention_heads": heads}
+        for page in (None, 1, 16, 32, 64, 128):
+            yield from questions(
+                {"a": wide, "b": many}, target="sm_90", provider_of=lambda _problem: "hopper", page_size=page
+            )
+
+
+def test_tiles_of_hopper_keep_to_what_its_kernels_take() -> None:
+    """Slots of many rows are two, no part begins amid a box of any page size, and what fills no memory is not tried."""
+    seen = set()
+    for one in all_that_may_be_asked():
+        space = space_of(one.table_operation)
+        start = space.whole(BASE.tile(one.table_operation, one.facts))
+        assert space.possible(start, one.given), (one.name, start)
+        for tile in space.neighbours(start, one.given):
+            seen.add(one.table_operation)
+            if one.operation == "mla_decode":
+                assert (tile["keys"], tile["stages"], tile["programs"]) == (64, 2, 1)
+                assert 504 - 2 * tile["registers"] >= 24
+            elif one.operation == "paged_decode":
+                assert all(tile["cut"] % box == 0 for box in (16, 32, 64) if box < tile["keys"])
+                assert tile["rows"] in (8, 16, 32, 64)
+            slots = tile["stages"] * tile["keys"] * one.facts.get("key_bytes", 1152) * tile.get("programs", 1)
+            assert slots <= 232_448
+    assert seen == {"hopper_mla_decode", "hopper_paged_decode", "hopper_paged_prefill"}
 
 
 def test_what_needs_more_than_what_does_not_fit() -> None:
@@ -316,7 +370,7 @@ def session(time: Any, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     from taut.benchmarks.tuning import measure
     from taut.common_kernels.workspace import INTERPRETED
 
-    monkeypatch.setattr(measure, "KERNELS", kernels)
+    monkeypatch.setattr(measure, "kernels_of", lambda _provider: kernels)
     monkeypatch.setattr(measure, "CHECKED_LENGTHS", (0, 1, 17, 40))
     monkeypatch.setattr(measure, "CHECKED_TOKENS", 50)
     return measure.Session(BASE, INTERPRETED, "cpu", 0, time)
@@ -436,10 +490,10 @@ class Session:
         return [100.0 / tile["stages"]] * 5
 
 
-def tuning(path: Path, stops_after: int | None = None) -> tune.Tuning:
-    circumstances = tune.circumstances(ASKED, BASE, "some GPU", {"torch": "9"}, 60)
+def tuning(path: Path, stops_after: int | None = None, asked: list[Any] = ASKED) -> tune.Tuning:
+    circumstances = tune.circumstances(asked, BASE, "some GPU", {"torch": "9"}, 60)
     journal = Journal(tune.journal_of(path), circumstances)
-    return tune.Tuning(ASKED, BASE, path, journal, 60, "sm_90", 232_448, "some GPU", Session(stops_after))
+    return tune.Tuning(asked, BASE, path, journal, 60, "sm_90", 232_448, "some GPU", Session(stops_after))
 
 
 def as_user(
@@ -452,19 +506,31 @@ def as_user(
     return end.value.code, captured.out, captured.err
 
 
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (ASKED, {"paged_decode": 5, "mla_decode": 4, "paged_prefill": 4}),
+        (OF_HOPPER, {"hopper_paged_decode": 8, "hopper_mla_decode": 2, "hopper_paged_prefill": 4}),
+    ],
+    ids=["triton", "hopper"],
+)
 def test_a_run_from_its_questions_to_its_table(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    asked: list[Any],
+    expected: dict[str, int],
 ) -> None:
     """Interrupted, gone on with, and the same in one go: one table; the journal is gone, and nothing else is there."""
     path = tmp_path / "it.json"
-    monkeypatch.setattr(tune.Tuning, "here", lambda *_args, **_named: tuning(path, stops_after=9))
+    monkeypatch.setattr(tune.Tuning, "here", lambda *_args, **_named: tuning(path, 9, asked))
     status, out, err = as_user(monkeypatch, capsys, "llama", "deepseek", "-o", str(path))
     assert (status, out) == (130, "")
     assert "goes on from" in err
     assert "Traceback" not in err
     assert [file.name for file in tmp_path.iterdir()] == ["it.json.journal"]
 
-    monkeypatch.setattr(tune.Tuning, "here", lambda *_args, **_named: tuning(path))
+    monkeypatch.setattr(tune.Tuning, "here", lambda *_args, **_named: tuning(path, asked=asked))
     status, out, err = as_user(monkeypatch, capsys, "llama", "deepseek", "-o", str(path), "--json")
     assert status == 0
     assert "tiles are measured" in err
@@ -472,20 +538,80 @@ def test_a_run_from_its_questions_to_its_table(
     told = json.loads(out)
     assert list(told) == ["schema", "table", "measured", "base", "questions"]
     stages = {one["operation"]: one["after"]["tile"]["stages"] for one in told["questions"]}
-    assert stages == {"paged_decode": 5, "mla_decode": 4, "paged_prefill": 4}
+    assert stages == expected
+    assert {one["provider"] for one in told["questions"]} == {one.provider for one in asked}
     assert all(one["gain"] >= 1 for one in told["questions"])
 
     other = tmp_path / "other.json"
-    whole = tuning(other)
+    whole = tuning(other, asked=asked)
     whole.write(whole.run(Console(file=io.StringIO())))
     assert other.read_text() == path.read_text()
-    assert read_table(path).tile("mla_decode", ASKED[2].facts)["stages"] == 4
+    table = read_table(path)
+    for one, by in zip(asked, told["questions"], strict=True):
+        assert table.tile(one.table_operation, one.facts) == by["after"]["tile"]
+    untouched = set(BASE.operations) - {one.table_operation for one in asked}
+    assert len(untouched) == 3
+    assert all(table.operations[name] == BASE.operations[name] for name in untouched)
+
+
+def test_a_journal_of_other_kernels_is_refused(tmp_path: Path) -> None:
+    tuning(tmp_path / "it.json")
+    with pytest.raises(BenchmarkError, match="begun with kernels triton, which is now hopper"):
+        tuning(tmp_path / "it.json", asked=OF_HOPPER)
+
+
+@pytest.mark.parametrize(
+    ("target", "arguments", "providers"),
+    [
+        ("sm_90", (), ["hopper"] * 4),
+        ("sm_90", ("--kernels", "triton"), ["triton"] * 4),
+        # Hopper's kernels of paged attention read no float8.
+        ("sm_90", ("--cache-dtype", "float8_e4m3fn"), ["triton", "triton", "hopper", "hopper"]),
+        ("sm_80", (), ["triton"] * 4),
+        (None, (), ["triton"] * 4),
+        (None, ("--kernels", "hopper"), ["hopper"] * 4),
+    ],
+)
+def test_who_would_serve_is_tuned(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    target: str | None,
+    arguments: tuple[str, ...],
+    providers: list[str],
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(tune, "_target", lambda: target)
+    status, out, _ = as_user(monkeypatch, capsys, "llama", "deepseek", "--dry-run", "--json", *arguments)
+    told = json.loads(out)
+    assert (status, [one["provider"] for one in told]) == (0, providers)
+    assert all(one["table_operation"].startswith("hopper_") == (one["provider"] == "hopper") for one in told)
+
+
+def test_the_setting_decides_unless_the_option_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from taut.engine_plugins import settings
+
+    monkeypatch.setattr(tune, "_target", lambda: "sm_90")
+    monkeypatch.setattr(settings, "settings", lambda: settings.Settings(kernels="triton"))
+    for arguments, provider in (((), "triton"), (("--kernels", "hopper"), "hopper"), (("--kernels", "auto"), "hopper")):
+        _, out, _ = as_user(monkeypatch, capsys, "llama", "--dry-run", "--json", *arguments)
+        assert {one["provider"] for one in json.loads(out)} == {provider}
+
+
+def test_who_cannot_serve_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(tune, "_target", lambda: "sm_90")
+    quantised = ("llama", "--dry-run", "--kernels", "hopper", "--cache-dtype", "float8_e4m3fn")
+    status, _, err = as_user(monkeypatch, capsys, *quantised)
+    assert status == 2
+    assert "cache dtype float8_e4m3fn is not among" in err
+    assert "Set --kernels auto" in err
 
 
 def test_the_outcome_for_people() -> None:
     asked = [one for one in ASKED if len(one.shapes) == len(Session.us({"stages": 1}))]
     found = [
-        search(space_of(one.table_operation), one.facts, BASE.tile(one.table_operation, one.facts), Timer(Session.us))
+        search(space_of(one.table_operation), one.given, BASE.tile(one.table_operation, one.facts), Timer(Session.us))
         for one in asked
     ]
     out = io.StringIO()
@@ -508,6 +634,8 @@ def test_a_dry_run_needs_no_torch() -> None:
         (("llama", "-o", "no/such/folder/it.json"), "its folder is missing"),
         (("llama", "--tp", "7"), "cannot be shared out over 7"),
         (("llama", "--decode", "rows"), "is no axis of a grid"),
+        (("llama", "--kernels", "hoper"), "--kernels hoper names no kernel provider: did you mean 'hopper'?"),
+        (("llama", "--kernels", "reference"), "--kernels names one of triton, hopper"),
         (("llama",), "measures on a GPU"),
     ],
 )
