@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 import torch
+from triton import knobs
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
 from compile.launches import TARGETS, facts_of
 from taut.benchmarks.models import MODELS
+from taut.benchmarks.tasks import TASKS
 from taut.benchmarks.tuning import measure
 from taut.benchmarks.tuning.measure import Job, compile_tile
 from taut.benchmarks.tuning.problems import questions
@@ -100,6 +102,23 @@ def test_a_tile_fits_where_there_is_memory_enough(tmp_path: Path, one: Tuned, ti
     # The same kernels, found in the cache, on a device that has less.
     misfit = compile_tile(replace(work, facts=replace(FACTS, shared_memory=1024)))
     assert (misfit.status, "1024 are there" in misfit.why) == ("does not fit", True)
+
+
+@pytest.mark.parametrize("one", [asked("triton")[0], *asked("hopper")[:3]], ids=lambda one: one.name)
+def test_what_is_compiled_ahead_is_what_is_launched(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, one: Tuned
+) -> None:
+    """From tensors with memory comes no other kernel than from those without."""
+    work = job(one, largest(one), tmp_path)
+    assert compile_tile(work).status == "timed"
+    missed: list[str] = []
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda **told: missed.append(told["repr"]))
+    kernels = measure.kernels_of(one.provider)
+    with measure.compiling_only(one.provider, FACTS):
+        for shape in one.shapes:
+            task = TASKS[one.operation](shape, "cpu")
+            task.call(kernels, task.workspace(kernels, work.table))()
+    assert not missed
 
 
 def test_a_tile_that_cannot_be_compiled(tmp_path: Path) -> None:
