@@ -1,6 +1,8 @@
-"""What all tests share: hypothesis settings that give the same examples in every run."""
+"""What all tests share: hypothesis settings that give the same examples in every run, and a Ctrl-C that is heard."""
 
 from __future__ import annotations
+
+import signal
 
 try:
     from hypothesis import HealthCheck, settings
@@ -16,3 +18,7 @@ else:
         suppress_health_check=[HealthCheck.too_slow],
     )
     settings.load_profile("taut")
+
+# A shell has its background jobs ignore interruptions, and theirs do, too: those that tests interrupt must not.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
