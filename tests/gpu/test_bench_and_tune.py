@@ -7,6 +7,8 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+import torch
+
 from taut.benchmarks.operations import OPERATIONS
 from taut.benchmarks.results import KernelResults, read
 from taut.common_kernels.tiles import read_table
@@ -33,6 +35,11 @@ def taut(*arguments: str, folder: Path) -> str:
     return done.stdout
 
 
+def on_hopper() -> bool:
+    """Whether the provider `hopper` is chosen by itself."""
+    return torch.cuda.get_device_capability() == (9, 0)
+
+
 def test_every_operation_is_measured(tmp_path: Path) -> None:
     for name, grid in GRIDS.items():
         taut("bench", "kernels", name, "--grid", grid, "-o", f"{name}.json", folder=tmp_path)
@@ -49,6 +56,7 @@ def test_every_operation_is_measured(tmp_path: Path) -> None:
 def test_a_table_is_tuned_and_taken(tmp_path: Path) -> None:
     arguments = ["llama", "deepseek", "--decode", "rows=1,8 context=4k", "--prefill", "rows=1 context=2k queries=2k"]
     told = json.loads(taut("tune", *arguments, "--most", "12", "-o", "it.json", "--json", folder=tmp_path))
+    assert {one["provider"] for one in told["questions"]} == {"hopper" if on_hopper() else "triton"}
     assert all(one["counts"]["timed"] >= 1 for one in told["questions"])
     assert all(one["gain"] >= 0.99 for one in told["questions"])
     assert sorted(file.name for file in tmp_path.iterdir()) == ["it.json"]
