@@ -68,7 +68,7 @@ def command(
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what an interrupted run has measured.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be tuned; needs no GPU, and takes triton's tiles there.")
+        bool, typer.Option("--dry-run", help="Show whose tiles would be tuned, and where; without a GPU, triton's.")
     ] = False,
     as_data: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
 ) -> None:

@@ -579,7 +579,6 @@ def test_who_would_serve_is_tuned(
     arguments: tuple[str, ...],
     providers: list[str],
 ) -> None:
-    pytest.importorskip("triton")
     monkeypatch.setattr(tune, "_target", lambda: target)
     status, out, _ = as_user(monkeypatch, capsys, "llama", "deepseek", "--dry-run", "--json", *arguments)
     told = json.loads(out)
