@@ -41,9 +41,8 @@ if TYPE_CHECKING:
 
 DECODE_QUERIES = 16  # rows with more new tokens than this are prefilled
 CACHED_KEYS = 24 << 20  # bytes of keys and values that an L2 cache holds for sure, beside all else
-SHARERS = (
-    16  # blocks of queries that run at once and share keys: then reading those from memory takes little of the time
-)
+# Blocks of queries that run at once over the same keys: reading those from memory then takes little of the time.
+SHARERS = 16
 MERGED_BY_LAST = 64 * 1024  # numbers in the most partials of a query that one program merges
 MERGED_AT_ONCE = 8 * 1024  # numbers of them that it reads together
 

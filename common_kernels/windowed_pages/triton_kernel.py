@@ -22,12 +22,11 @@ def windowed_pages_kernel(
     query_starts: tl.tensor,  # [R + 1]
     lengths: tl.tensor,  # [R]
     translation: tl.tensor,  # [slots]
-    windowed_table: tl.tensor,  # [R, width]
+    windowed_table: tl.tensor,  # [R, width], contiguous
     windowed_lengths: tl.tensor,  # [R]
     window: tl.tensor,
     width: tl.tensor,
     table_stride: tl.tensor,
-    windowed_stride: tl.tensor,
     SLOTS: tl.constexpr,
 ) -> None:
     """Fill SLOTS places of one row, and by its first program the row's length; nothing past the row's end is read."""
@@ -42,13 +41,13 @@ def windowed_pages_kernel(
         table_row = tl.load(table_rows + row)
     slots = tl.load(table + table_row.to(tl.int64) * table_stride + first + place, mask=there, other=0)
     windowed = tl.load(translation + slots, mask=there, other=0).to(tl.int32)
-    tl.store(windowed_table + row.to(tl.int64) * windowed_stride + place, windowed, mask=place < width)
+    tl.store(windowed_table + row.to(tl.int64) * width + place, windowed, mask=place < width)
     if tl.program_id(1) == 0:
         tl.store(windowed_lengths + row, length - first)
 
 
 def fill(step: Step, translation: Tensor, window: int, table: Tensor, lengths: Tensor) -> None:
-    """Fill a table [R, width] and lengths [R]; see `windowed_step`."""
+    """Fill a contiguous table [R, width] and lengths [R]; see `windowed_step`."""
     if not step.rows:
         return
     windowed_pages_kernel[(step.rows, triton.cdiv(table.shape[1], SLOTS))](
@@ -62,7 +61,6 @@ def fill(step: Step, translation: Tensor, window: int, table: Tensor, lengths: T
         window,
         table.shape[1],
         step.pages.table.stride(0),
-        table.stride(0),
         SLOTS=SLOTS,
         num_warps=4,
     )
