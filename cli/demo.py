@@ -135,12 +135,12 @@ def run_engine(
         asked, answered = Path(folder, "request.json"), Path(folder, "result.json")
         asked.write_text(json.dumps(request))
         command = [sys.executable, "-m", runs, str(asked), str(answered)]
-        process = subprocess.run(
-            command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-        )
-        log = process.stdout
+        file = Path(folder, "log.txt")
+        with file.open("w") as sink:
+            process = subprocess.run(command, env=variables, stdout=sink, stderr=sink, check=False)
+        log = file.read_text(errors="replace")
         if not answered.exists():  # written when all is done; how the engine then takes itself down is its own affair
-            raise EngineFailedError(f"the engine ended with status {process.returncode}. Its log ends:\n{log[-4000:]}")
+            raise EngineFailedError(f"the engine ended with status {process.returncode}. Its log ends:\n{log[-8000:]}")
         return Run(json.loads(answered.read_text()), log)
 
 

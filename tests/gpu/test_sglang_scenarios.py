@@ -85,7 +85,7 @@ def verdicts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         # The others fill the first GPU alone, which SGLang takes for a mistake.
         unequal = {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
         asked["taut, two GPUs"] = Asked("on", {"tp_size": 2}, unequal)
-    found = judge(model, asked, SCALE, run)
+    found = judge(model, asked, SCALE, tmp_path_factory.mktemp("runs"), run)
     print(name, figures(found))  # noqa: T201 - for whoever runs this with -s
     return found
 

@@ -62,7 +62,7 @@ def verdicts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         asked["taut, two GPUs"] = Asked("on", two, several)
         if name == "deepseek":  # each GPU has every other token of the cache, and they merge by their LSE
             asked["taut, cache on two GPUs"] = Asked("on", two | {"decode_context_parallel_size": 2}, several)
-    found = judge(model, asked, SCALE)
+    found = judge(model, asked, SCALE, tmp_path_factory.mktemp("runs"))
     print(name, figures(found))  # noqa: T201 - for whoever runs this with -s
     return found
 

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from taut.cli.demo import Run, run_engine
+from taut.cli.demo import EngineFailedError, Run, run_engine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -123,29 +124,36 @@ class Verdict:
     wall: float
 
 
-def judge(model: Path, asked: dict[str, Asked], scale: Scale, run: Callable[..., Run] = run) -> dict[str, Verdict]:
+def judge(
+    model: Path, asked: dict[str, Asked], scale: Scale, folder: Path, run: Callable[..., Run] = run
+) -> dict[str, Verdict]:
     """Make all runs of a model, then let the engine's own attention judge them, all in one run.
+
+    One line says how each run ended, and its log lies in the folder. A failure is raised when all have ended.
 
     Args:
         model: its folder.
         asked: the runs by name.
         scale: how much is asked of each.
+        folder: where logs and results are kept.
         run: makes one of them; vLLM's, unless another engine is to be judged.
     """
     prompts = scale.prompts()
     with ThreadPoolExecutor(AT_ONCE) as pool:
         waiting = {
-            name: pool.submit(_timed, run, model, one, scale, prompts, scale.tokens, scale.judged if one.score else 0)
+            name: pool.submit(
+                _watched, name, folder, run, model, one, scale, prompts, scale.tokens, scale.judged if one.score else 0
+            )
             for name, one in asked.items()
         }
-        timed = {name: future.result() for name, future in waiting.items()}
+    timed = {name: future.result() for name, future in waiting.items()}
     runs = {name: one for name, (one, _) in timed.items()}
     texts = [
         prompt + text
         for one in runs.values()
         for prompt, text in zip(prompts[: scale.judged], one.result["token_ids"][: scale.judged], strict=True)
     ]
-    read = run(model, Asked("off"), scale, texts, 1, len(texts)).result
+    read = _watched("judge", folder, run, model, Asked("off"), scale, texts, 1, len(texts))[0].result
     verdicts = {}
     for number, (name, one) in enumerate(runs.items()):
         place = slice(number * scale.judged, (number + 1) * scale.judged)
@@ -161,9 +169,21 @@ def judge(model: Path, asked: dict[str, Asked], scale: Scale, run: Callable[...,
     return verdicts
 
 
-def _timed(run: Callable[..., Run], *arguments: Any) -> tuple[Run, float]:
+def _watched(name: str, folder: Path, run: Callable[..., Run], *arguments: Any) -> tuple[Run, float]:
+    """A run and the seconds it took; what it said and made is kept."""
     began = time.monotonic()
-    return run(*arguments), time.monotonic() - began
+    file = folder / re.sub(r"\W+", "-", name)
+    try:
+        made = run(*arguments)
+    except EngineFailedError as failure:
+        file.with_suffix(".log").write_text(str(failure))
+        print(f"{name}: failed after {time.monotonic() - began:.0f} s", flush=True)  # noqa: T201
+        raise
+    took = time.monotonic() - began
+    file.with_suffix(".log").write_text(made.log)
+    file.with_suffix(".json").write_text(json.dumps(made.result))
+    print(f"{name}: {took:.0f} s", flush=True)  # noqa: T201
+    return made, took
 
 
 def _mean(numbers: Iterable[float]) -> float:
