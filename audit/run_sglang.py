@@ -68,7 +68,6 @@ class Audited:
         backend = runner.attn_backend
         layers = _layers(runner)
         device = torch.device(runner.device).type
-        pools = (runner.token_to_kv_pool, runner.req_to_token_pool, runner, runner.req_to_token_pool.req_to_token)
         self.trace = Trace(device, modules_of([backend]))
         self.found = Run(
             asked=request.asked,
@@ -78,7 +77,6 @@ class Audited:
             backend=class_name(backend),
             kernels=next((plan.provider for plan in getattr(backend, "plans", {}).values()), ""),
             layers=[_facts(name, layer, runner) for name, layer in layers.items()],
-            held=held_bytes([backend], [*pools, *layers.values()]),
             steps=self.trace.steps,
             padding=Padding(0, None, "rows without work are tried with vLLM alone"),
         )
@@ -89,7 +87,7 @@ class Audited:
         # One backend serves every layer: the layer's name is that of the scope it is called in.
         for method in ("forward", "forward_decode", "forward_extend"):
             watch.method(backend, method, "layer", "layer", "backend")
-        watch.steps(runner, "forward", self.describe)
+        watch.steps(runner, "forward", self.has_work, self.describe)
         self._switched(runner)
 
     def _switched(self, runner: Any) -> None:
@@ -105,11 +103,16 @@ class Audited:
             if self.watch.source is not None:
                 self.found.captured_splits = self.watch.captured
                 self.found.observed = profiler.device if asked == "profile" else None
-                self.found.partials = scheduled_partials(getattr(runner.attn_backend, "workspaces", {}).values())
+                self.found.held = held_bytes([runner.attn_backend], [runner], self.trace.device)
+                self.found.partials = scheduled_partials([runner.attn_backend])
                 write(self.record, self.found)
             return result
 
         runner.forward = recorded
+
+    def has_work(self, arguments: Sequence[Any]) -> bool:
+        """Whether there are rows: a rank without any takes part in the steps of the others."""
+        return bool(arguments[0].batch_size)
 
     def describe(self, step: Step, arguments: Sequence[Any]) -> None:
         """What the step that has just run was."""

@@ -60,7 +60,7 @@ class Audited:
             watch.method(layer, "forward", name, "layer", "engine")
             for method in ("do_kv_cache_update", "forward", "forward_mqa", "forward_mha"):
                 watch.method(layer.impl, method, name, "layer", "backend")
-        watch.steps(self.parts.runner, "execute_model", self.describe)
+        watch.steps(self.parts.runner, "execute_model", self.has_work, self.describe)
 
     @property
     def first_layer(self) -> Any:
@@ -76,6 +76,10 @@ class Audited:
 
         builder.build = noting
 
+    def has_work(self, arguments: Sequence[Any]) -> bool:
+        """Whether any token is scheduled: a scheduler that is a step ahead has nothing left for the last call."""
+        return bool(arguments[0].num_scheduled_tokens)
+
     def describe(self, step: Step, arguments: Sequence[Any]) -> None:
         """What the step that has just run was."""
         asked = len(arguments[0].num_scheduled_tokens)
@@ -89,6 +93,8 @@ class Audited:
         import vllm
 
         implementation = self.first_layer.impl
+        layers = list(self.parts.layers.values())
+        backend = [*self.parts.builders, *(layer.impl for layer in layers)]
         itemsize = self.parts.runner.vllm_config.model_config.dtype.itemsize
         return Run(
             asked=request.asked,
@@ -98,16 +104,11 @@ class Audited:
             backend=class_name(implementation),
             kernels=getattr(getattr(implementation, "kernels", None), "__name__", "").rpartition(".")[2],
             layers=[_facts(name, layer, itemsize) for name, layer in self.parts.layers.items()],
-            held=held_bytes([*self.parts.builders, *(layer.impl for layer in self.parts.layers.values())]),
-            partials=scheduled_partials(self._workspaces()),
+            held=held_bytes(backend, [self.parts.runner, *layers], self.device),
+            partials=scheduled_partials(backend),
             steps=self.trace.steps,
             captured_splits=watch.captured,
         )
-
-    def _workspaces(self) -> list[Any]:
-        """Those of our builders."""
-        ours = [getattr(builder, "workspaces", None) for builder in self.parts.builders]
-        return [workspace for found in ours if isinstance(found, dict) for workspace in found.values()]
 
 
 def _facts(name: str, layer: Any, itemsize: int) -> Layer:

@@ -102,7 +102,9 @@ class Summary:
 
     Args:
         phase: "decode" or "prefill".
-        steps: how many were recorded of it.
+        steps: how many the trace saw in full; the counts are their average.
+        left_out: how many it saw in part, some of their layers in captured graphs; they count for nothing.
+        profiled: how many the profiler saw.
         rows: metadata, then the layers, those alike together.
         totals: by kind what a step does, all scopes together, as the source says that saw more; None: neither can.
         findings: the backend's first, those of the most bytes and counts first.
@@ -111,6 +113,8 @@ class Summary:
 
     phase: str
     steps: int
+    left_out: int = 0
+    profiled: int = 0
     rows: list[Row] = field(default_factory=list)
     totals: dict[str, float | None] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
@@ -119,23 +123,45 @@ class Summary:
 
 def summary(run: Run, phase: str) -> Summary:
     """What the steps of one phase do, on average."""
-    steps = [step for step in run.steps if step.kind == phase]
+    recorded = [step for step in run.steps if step.kind == phase]
+    steps = _seen_in_full(recorded)
     unknown = {"h2d": ON_A_CPU, "d2h": ON_A_CPU} if run.device == "cpu" else {}
-    if not any(scope.what == "layer" for step in steps for scope in step.scopes):
+    if not any(_layers_of(step) for step in steps):
         unknown |= dict.fromkeys(KINDS, IN_A_GRAPH if steps else NO_STEP)
     if run.padding is None or run.padding.finite is None:
         unknown["not_finite"] = run.padding.says if run.padding else "no rows without work were tried"
-    rows = _alike(_rows(run, steps))
+    rows = _alike(_rows(run, steps, run.partials if phase == "decode" else None))
     totals: dict[str, float | None] = {
         kind: sum(row.scopes * row.counts.get(kind, 0) for row in rows) for kind in KINDS
     }
-    compiled = sum(len(step.compiled) for step in steps) / max(1, len(steps))
+    compiled = sum(len(step.compiled) for step in recorded) / max(1, len(recorded))
     totals |= {"compiled": compiled, "not_finite": _not_finite(run)}
     totals |= dict.fromkeys(unknown)
-    findings = _findings(run, steps, phase)
-    if run.observed is not None and phase == "decode":
+    findings = _findings(run, recorded, steps)
+    profiled = run.observed is not None and phase == "decode"
+    if run.observed is not None and profiled:
         findings += _seen_by_the_profiler_alone(run.observed, totals)
-    return Summary(phase, len(steps), rows, totals, findings, unknown)
+    return Summary(phase, len(steps), len(recorded) - len(steps), int(profiled), rows, totals, findings, unknown)
+
+
+def _layers_of(step: Step) -> set[str]:
+    return {scope.name for scope in step.scopes if scope.what == "layer"}
+
+
+def _seen_in_full(steps: Sequence[Step]) -> list[Step]:
+    """Those whose layers all ran on the host's own call; all steps if no layer did in any of them."""
+    everything = {name for step in steps for name in _layers_of(step)}
+    return [step for step in steps if _layers_of(step) == everything]
+
+
+def seen_by(phase: str, steps: int, left_out: int, profiled: int) -> str:
+    """How many steps which source has seen, in words; of the counts of a `Summary`."""
+    words = [f"{steps} {phase} step{'' if steps == 1 else 's'} traced"]
+    if left_out:
+        words.append(f"{left_out} more left out, since only a part of their layers ran on the host's own call")
+    if profiled:
+        words.append(f"{profiled} profiled")
+    return ", ".join(words)
 
 
 def busiest(kernels: Sequence[Kernel]) -> list[tuple[Kernel, int, float]]:
@@ -166,6 +192,8 @@ def _seen_by_the_profiler_alone(device: Device, totals: dict[str, float | None])
         seen.update({kind: count for kind, count in counts.items() if kind in PROFILED})
     found = []
     for kind in PROFILED:
+        if totals[kind] is None:  # in a captured graph, which the marks of the profiler do not reach either
+            continue
         more = seen[kind] - (totals[kind] or 0)
         if kind in WASTE and more > 0:
             name = "seen by the profiler alone"
@@ -180,8 +208,8 @@ def _not_finite(run: Run) -> float | None:
     return 0 if run.padding.finite else run.padding.rows
 
 
-def _rows(run: Run, steps: Sequence[Step]) -> list[Row]:
-    """A row for each scope, averaged over the steps."""
+def _rows(run: Run, steps: Sequence[Step], partials: int | None) -> list[Row]:
+    """A row for each scope, averaged over the steps; `partials` are a layer's, where a schedule of ours tells."""
     layers = {layer.name: layer for layer in run.layers}
     scopes: dict[str, list[tuple[Step, Scope]]] = defaultdict(list)
     for step in steps:
@@ -202,7 +230,7 @@ def _rows(run: Run, steps: Sequence[Step]) -> list[Row]:
         )
         if layer := layers.get(name):
             row.floor = sum(floor_bytes(layer, step.lengths, step.tokens) for step, _ in found) / len(steps)
-            row.split_traffic = _split_traffic(layer, found, len(steps)) if run.partials is None else run.partials
+            row.split_traffic = _split_traffic(layer, found, len(steps)) if partials is None else partials
         rows.append(row)
     return rows
 
@@ -248,7 +276,9 @@ class _Group(NamedTuple):
     through: Place | None
 
 
-def _findings(run: Run, steps: Sequence[Step], phase: str) -> list[Finding]:
+def _findings(run: Run, recorded: Sequence[Step], steps: Sequence[Step]) -> list[Finding]:
+    """What the steps that were seen in full do, and what was compiled in any of those that were recorded."""
+    phase = recorded[0].kind if recorded else "run"
     groups: dict[_Group, list[tuple[str, Event]]] = defaultdict(list)
     for step in steps:
         for scope in step.scopes:
@@ -277,9 +307,9 @@ def _findings(run: Run, steps: Sequence[Step], phase: str) -> list[Finding]:
             )
         )
     found.sort(key=lambda finding: (finding.by != "backend", WASTE.index(finding.kind), -finding.count))
-    compiled = Counter(name for step in steps for name in step.compiled)
+    compiled = Counter(name for step in recorded for name in step.compiled)
     for name, times in compiled.items():
-        found.append(_of_run("compiled", phase, name, times / len(steps)))
+        found.append(_of_run("compiled", phase, name, times / len(recorded)))
     if run.padding is not None and run.padding.finite is False:
         found.append(_of_run("not_finite", "run", run.padding.says, run.padding.rows))
     found += [_of_run("frozen_splits", "run", name, count) for name, count in run.captured_splits.items()]

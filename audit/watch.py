@@ -81,19 +81,28 @@ class Watch:
 
         setattr(owner, name, watched)
 
-    def steps(self, owner: Any, name: str, describe: Callable[[Step, Sequence[Any]], None]) -> None:
+    def steps(
+        self,
+        owner: Any,
+        name: str,
+        has_work: Callable[[Sequence[Any]], bool],
+        describe: Callable[[Step, Sequence[Any]], None],
+    ) -> None:
         """Stand in for the method of one object that runs a step.
 
         Args:
             owner: the object.
             name: of its method.
+            has_work: whether a call with these arguments runs anything; engines make calls that do not, when they
+                schedule ahead, and those are no steps.
             describe: fills in what the step was, from its arguments, when it has run.
         """
         method = getattr(owner, name)
 
         @functools.wraps(method)
         def watched(*arguments: Any, **named: Any) -> Any:
-            if self.source is None or self._in_step:
+            given = [*arguments, *named.values()]
+            if self.source is None or self._in_step or not has_work(given):
                 return method(*arguments, **named)
             before = len(self._compiled)
             self._in_step = True
@@ -103,7 +112,7 @@ class Watch:
             finally:
                 self._in_step = False
             step.compiled = self._compiled[before:]
-            describe(step, [*arguments, *named.values()])
+            describe(step, given)
             return result
 
         setattr(owner, name, watched)

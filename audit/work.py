@@ -12,12 +12,15 @@ from pydantic import TypeAdapter
 from taut.common_kernels.schedule.reference import Item
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from taut.audit.records import Run
 
 SPLITS = Item._fields.index("splits")  # where an item of a schedule says into how many parts it is cut
+ATOMS = (str, bytes, int, float, type(None))  # lead nowhere
+# Packages whose objects lead to no tensor of an engine's or a backend's.
+CLOSED = ("torch", "builtins", "numpy", "transformers", "tokenizers", "vllm.config", "sglang.srt.server_args")
 SAYS = "taut audit: "  # begins the lines by which an engine's process tells how far it is
 
 
@@ -99,61 +102,100 @@ def modules_of(things: Iterable[Any]) -> frozenset[str]:
     return frozenset(base.__module__ for base in classes) - {"builtins", "abc", "typing"}
 
 
-def held_bytes(things: Sequence[Any], others: Iterable[Any] = ()) -> int:
-    """Bytes of the tensors that objects hold, and the objects that they hold, each memory once.
+def held_bytes(things: Sequence[Any], engine: Sequence[Any], device: str) -> int:
+    """Bytes of the device's memory that a backend keeps: what its objects lead to, and nothing of the engine's does.
+
+    Objects of a backend refer to much that is not theirs: caches, weights, tables. All of it the engine reaches without
+    them, by its own attributes.
 
     Args:
         things: the backend's objects.
-        others: what is not the backend's own though it refers to it: caches, models, tables.
+        engine: objects of the engine's that lead to whatever it owns; the layers among them.
+        device: its type; tensors elsewhere are not counted.
     """
-    import torch
+    from torch.nn import Module
 
-    seen = {id(other) for other in others}
-    memory: dict[int, int] = {}
-    foreign = {other.untyped_storage().data_ptr() for other in others if isinstance(other, torch.Tensor)}
-    waiting = [(thing, 0) for thing in things]
-    while waiting:
-        thing, depth = waiting.pop()
-        if id(thing) in seen:
-            continue
-        seen.add(id(thing))
-        if isinstance(thing, torch.Tensor):
-            storage = thing.untyped_storage()
-            if storage.data_ptr() not in foreign:
-                memory[storage.data_ptr()] = storage.nbytes()
-        elif depth < 6 and not isinstance(thing, torch.nn.Module):
-            waiting += [(inner, depth + 1) for inner in _inner(thing)]
-    return sum(memory.values())
+    modules = modules_of(things)
+
+    def of_the_backend(thing: Any) -> bool:
+        """What the engine only keeps for it: its objects, and metadata that it has made."""
+        return type(thing).__module__ in modules
+
+    own = _memory(_reached(things, lambda thing: isinstance(thing, Module)), device)
+    foreign = _memory(_reached(engine, of_the_backend), device)
+    return sum(size for place, size in own.items() if place not in foreign)
 
 
-def scheduled_partials(workspaces: Iterable[Any]) -> int | None:
+def scheduled_partials(things: Sequence[Any]) -> int | None:
     """Bytes of partial results that a layer writes and reads again, by the schedule of ours that lies on the device.
 
     It waits for the device: to be asked after a step, not in one.
 
     Args:
-        workspaces: of our kernels, as the last step has left them; the largest traffic counts.
+        things: the backend's objects, whose workspaces are as the last step has left them; the largest traffic counts.
 
     Returns:
-        None where no workspace has a schedule.
+        None where they hold no workspace of ours with a schedule.
     """
+    from torch.nn import Module
+
+    from taut.common_kernels.workspace import ScheduledWorkspace
+
     found = []
-    for workspace in workspaces:
-        schedule, scratch = getattr(workspace, "schedule", None), getattr(workspace, "scratch", None)
-        if schedule is None or scratch is None:
+    for workspace in _reached(things, lambda thing: isinstance(thing, Module)):
+        if not isinstance(workspace, ScheduledWorkspace):
             continue
+        scratch, schedule = workspace.scratch, workspace.schedule
         splits = schedule.items[: workspace.items, SPLITS].tolist()
         each = scratch.partials[0].nbytes + scratch.lses[0].nbytes
         found.append(2 * each * sum(count for count in splits if count > 1))
     return max(found, default=None)
 
 
+def _reached(roots: Iterable[Any], beyond: Callable[[Any], bool]) -> Iterator[Any]:
+    """These objects and all that their attributes, elements and values lead to, each once.
+
+    Args:
+        roots: to begin with, whatever `beyond` says of them.
+        beyond: whether something is not to be entered.
+    """
+    waiting = list(roots)
+    seen = {id(thing) for thing in waiting}
+    kept = []  # or another object could get the place of one that was made on the way
+    while waiting:
+        thing = waiting.pop()
+        yield thing
+        for inner in _inner(thing):
+            if id(inner) not in seen and not isinstance(inner, ATOMS) and not beyond(inner):
+                seen.add(id(inner))
+                kept.append(inner)
+                waiting.append(inner)
+
+
 def _inner(thing: Any) -> list[Any]:
+    from torch.nn import Module
+
     if isinstance(thing, dict):
         return list(thing.values())
     if isinstance(thing, (list, tuple, set, frozenset)):
         return list(thing)
-    module = type(thing).__module__
-    if module.startswith(("torch", "builtins", "transformers", "vllm.config", "sglang.srt.server_args")):
+    if type(thing).__module__.startswith(CLOSED) and not isinstance(thing, Module):
         return []
-    return list(getattr(thing, "__dict__", {}).values())
+    slots = (name for base in type(thing).__mro__ for name in _names(base.__dict__.get("__slots__", ())))
+    return [*getattr(thing, "__dict__", {}).values(), *(getattr(thing, name, None) for name in slots)]
+
+
+def _names(slots: str | Iterable[str]) -> list[str]:
+    return [slots] if isinstance(slots, str) else list(slots)
+
+
+def _memory(things: Iterable[Any], device: str) -> dict[int, int]:
+    """The memory of the tensors among these: where it begins, and its bytes."""
+    from torch import Tensor, strided
+
+    storages = [
+        thing.untyped_storage()
+        for thing in things
+        if isinstance(thing, Tensor) and thing.device.type == device and thing.layout == strided
+    ]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}

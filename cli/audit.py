@@ -25,7 +25,7 @@ from taut.audit.operations import KINDS
 from taut.audit.page import page
 from taut.audit.process import EngineFailedError, run_engine
 from taut.audit.records import SCHEMA, Device, Run
-from taut.audit.verdict import JUDGED, Finding, Summary, busiest, failures, summary
+from taut.audit.verdict import JUDGED, Finding, Summary, busiest, failures, seen_by, summary
 from taut.audit.work import Request
 from taut.cli import UserError
 
@@ -250,7 +250,7 @@ def _show(run: Run, judged: Summary, console: Console) -> None:
     """One run as a table and the list of its findings."""
     console.print(
         f"[bold]{run.asked}[/]: {run.backend} in {run.engine} {run.release} on {run.device}, "
-        f"{judged.steps} {judged.phase} steps",
+        f"{seen_by(judged.phase, judged.steps, judged.left_out, judged.profiled)}",
         soft_wrap=True,
     )
     table = Table(box=box.SIMPLE_HEAD)

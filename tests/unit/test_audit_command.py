@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -208,21 +209,52 @@ def test_prompts_are_ragged_and_unlike() -> None:
     assert [len(prompt) for prompt in prompts(3, 1)] == [1, 1, 1]
 
 
-def test_held_bytes_count_each_memory_once_and_nothing_foreign() -> None:
-    import torch
+class Thing:
+    """An object of a backend's."""
 
-    class Thing:
-        def __init__(self, **attributes: object) -> None:
-            self.__dict__.update(attributes)
+    def __init__(self, **attributes: object) -> None:
+        self.__dict__.update(attributes)
+
+
+class Slotted:
+    """Another one, without a dictionary."""
+
+    __slots__ = ("buffer",)
+
+    def __init__(self, buffer: object) -> None:
+        self.buffer = buffer
+
+
+def engine_of(**attributes: object) -> SimpleNamespace:
+    """An engine's object: its class is written elsewhere."""
+    return SimpleNamespace(**attributes)
+
+
+def test_held_bytes_count_each_memory_once_and_nothing_of_the_engines() -> None:
+    import torch
 
     buffer, cache = torch.empty(100, dtype=torch.float32), torch.empty(1000)
     inner = Thing(scratch=buffer[10:], again=buffer)
-    outer = Thing(
-        inner=inner, cache=cache[5:], many={"a": [torch.empty(3, dtype=torch.int64)]}, model=torch.nn.Linear(9, 9)
-    )
+    model = torch.nn.Sequential(torch.nn.Linear(9, 9))
+    # As a descriptor of Triton's refers to a layer's cache, deep inside a workspace.
+    descriptors = {"layer 0": (Thing(base=cache[5:]),)}
+    outer = Thing(inner=inner, boxes=Thing(kept=descriptors), many={"a": [torch.empty(3, dtype=torch.int64)]})
+    outer.__dict__ |= {"model": model, "weight": model[0].weight.T, "slotted": Slotted(torch.empty(2))}
     inner.outer = outer  # type: ignore[attr-defined]
-    assert held_bytes([outer], [cache]) == 400 + 24
-    assert held_bytes([]) == 0
+    engine = engine_of(pools=[engine_of(caches={0: cache})], model=model, backend=outer)
+    assert held_bytes([outer], [engine], "cpu") == 400 + 24 + 8
+    assert held_bytes([outer], [engine], "cuda") == 0
+    assert held_bytes([], [engine], "cpu") == 0
+
+
+def test_what_the_engine_keeps_for_a_backend_is_the_backends() -> None:
+    """The metadata of the last step refers to the backend's workspace; the tables in it are the engine's."""
+    import torch
+
+    workspace, table = torch.empty(7), torch.empty(5)
+    builder = Thing(workspace=workspace, last=Thing(table=table))
+    runner = engine_of(builder=builder, tables=[table], state=engine_of(metadata=Thing(workspace=workspace)))
+    assert held_bytes([builder], [runner], "cpu") == 28
 
 
 def test_partial_results_by_a_schedule_of_ours() -> None:
@@ -236,5 +268,7 @@ def test_partial_results_by_a_schedule_of_ours() -> None:
     workspace.items = 3
     for i, splits in enumerate((1, 4, 0, 9, 9)):  # the last two are of another step
         workspace.schedule.items[i] = torch.tensor(Item(0, 0, 1, 0, 0, 1, splits, 0))
-    assert scheduled_partials([object(), workspace]) == 2 * 4 * 16 * (64 + 1) * 4
+    expected = 2 * 4 * 16 * (64 + 1) * 4
+    assert scheduled_partials([object(), Thing(workspaces={"dense": workspace})]) == expected
+    assert scheduled_partials([Thing(workspace=workspace)]) == expected  # latent attention has one
     assert scheduled_partials([object()]) is None

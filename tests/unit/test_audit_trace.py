@@ -122,7 +122,8 @@ def watched() -> tuple[Runner, Watch, Trace]:
     watch.method(runner.layer.backend, "build", "metadata", "metadata", "backend")
     watch.method(runner.layer, "forward", "layer 0", "layer", "engine")
     watch.method(runner.layer.backend, "forward", "layer 0", "layer", "backend")
-    watch.steps(runner, "execute", lambda step, arguments: setattr(step, "tokens", len(arguments[0])))
+    has_work = lambda arguments: arguments[0] is None or len(arguments[0]) > 0  # noqa: E731
+    watch.steps(runner, "execute", has_work, lambda step, arguments: setattr(step, "tokens", len(arguments[0])))
     return runner, watch, Trace("cpu", frozenset({__name__}))
 
 
@@ -179,6 +180,15 @@ def test_nothing_is_recorded_outside_of_steps_and_without_a_source() -> None:
     watch.source = trace
     runner.layer.forward(torch.ones(3, 4))
     assert trace.steps == []
+
+
+def test_a_call_without_work_is_no_step() -> None:
+    """An engine that schedules ahead makes one when all is done: it would be an empty step among the others."""
+    runner, watch, trace = watched()
+    watch.source = trace
+    runner.execute(torch.ones(3, 4))
+    runner.execute(torch.ones(0, 4))
+    assert [step.tokens for step in trace.steps] == [3]
 
 
 def test_a_step_that_fails_leaves_nothing_behind() -> None:
@@ -247,7 +257,7 @@ def test_an_operator_around_a_backend_is_not_a_launch_of_its_own() -> None:
     around = Around()
     watch.method(around, "forward", "layer 0", "layer", "engine")
     watch.method(around, "inner", "layer 0", "layer", "backend")
-    watch.steps(around, "step", lambda *_: None)
+    watch.steps(around, "step", lambda _: True, lambda *_: None)
     INSIDE[:] = [around.inner]
     watch.source = trace
     around.step(torch.ones(3))

@@ -68,6 +68,31 @@ def test_a_layer_unlike_the_others_stands_by_itself() -> None:
     assert judged.totals["copies"] == 0.5  # in one of two steps
 
 
+def test_a_step_that_was_seen_in_part_is_in_no_average() -> None:
+    """Some of its layers ran in a captured graph, or all of them did."""
+    whole, without_layers = step(), dataclasses.replace(step(), scopes=step().scopes[:1])
+    in_part = dataclasses.replace(step(compiled=("kernel",)), scopes=step().scopes[:-1])
+    judged = summary(run(whole, without_layers, in_part, step()), "decode")
+    assert (judged.steps, judged.left_out, judged.profiled) == (2, 2, 0)
+    assert judged.rows == summary(run(whole), "decode").rows
+    assert [finding.count for finding in judged.findings if finding.kind == "fills"] == [3]
+    assert judged.totals["compiled"] == 0.25  # happened, however much was seen of the rest
+
+
+def test_layers_in_a_graph_stay_unknown_whatever_the_profiler_saw_beside_them() -> None:
+    in_graphs = dataclasses.replace(step(), scopes=step().scopes[:1])
+    judged = summary(run(in_graphs, observed=Device({"metadata": {"launches": 1}}, [])), "decode")
+    assert (judged.totals["fills"], judged.totals["launches"]) == (None, None)
+    assert failures(judged, ["fills"]) == [f"fills: not seen here ({judged.unknown['fills']})"]
+    assert judged.profiled == 1
+
+
+def test_partial_results_of_our_schedule_are_those_of_a_decode_step() -> None:
+    record = run(step("prefill"), step(), partials=640)
+    assert summary(record, "decode").rows[1].split_traffic == 640
+    assert summary(record, "prefill").rows[1].split_traffic != 640
+
+
 def test_findings_name_lines() -> None:
     first, *others = summary(run(step(), step()), "decode").findings
     assert (first.kind, first.by, first.count, first.layers) == ("fills", "backend", 3, 3)
