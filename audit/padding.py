@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from taut.audit.records import Padding
 
 ROWS = 3
-# What stands in memory that nobody has written: no result of ones comes near, and every dtype down to bfloat16 holds it.
+# What stands in memory that nobody has written: no result of ones comes near it, and bfloat16 holds it as it is.
 POISON = 12288.0
 MAKES_MEMORY = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
 

@@ -1,4 +1,4 @@
-"""What is said of rows without work, whatever a backend leaves in them: dense and latent stand-ins for vLLM's layers."""
+"""What is said of rows without work, whatever a backend leaves in them: stand-ins for dense and latent layers."""
 
 from __future__ import annotations
 
