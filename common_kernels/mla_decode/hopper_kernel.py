@@ -75,7 +75,13 @@ from taut.common_kernels.float8 import TO_BFLOAT16
 from taut.common_kernels.gluon_features import THREAD_BARRIERS, TMA_LOADS, first_of
 from taut.common_kernels.merge.triton_kernel import merge_items
 from taut.common_kernels.mla_decode.triton_kernel import LOG2_E, MlaWorkspace, mla_tile
-from taut.common_kernels.schedule.gluon_kernel import load_first_item, load_item, load_part
+from taut.common_kernels.schedule.gluon_kernel import (
+    let_next_start,
+    load_first_item,
+    load_item,
+    load_part,
+    wait_for_kernel_ahead,
+)
 from taut.common_kernels.schedule.triton_kernel import launch_options
 from taut.common_kernels.tiles import table_for
 from taut.common_kernels.workspace import device_facts
@@ -102,19 +108,6 @@ BRINGERS = gl.constexpr(128)  # threads that bring keys where the tensor memory 
 
 
 # What both kernels share
-
-
-@gluon.jit
-def wait_for_launch() -> None:
-    """Wait until the kernel ahead has ended, and let the next one be launched."""
-    gl.inline_asm_elementwise(
-        "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, 0;",
-        "=r",
-        [],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @gluon.jit
@@ -164,14 +157,17 @@ def _load_query(
     ROWS: gl.constexpr,
 ) -> None:
     """Queries of an item into shared memory, half of their columns by each warpgroup; zeros where there is no query."""
-    nope_t, nope_h, nope_d, pe_t, pe_h, pe_d = strides
+    nope_t, nope_h, nope_d, pe_t, pe_h, pe_d, SIXTEENS = strides
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
     row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, WIDE))
     query = row // HEADS
     at = (first_query + query).to(gl.int64) * nope_t + (row % HEADS).to(gl.int64) * nope_h
     column = WHO * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(0, WIDE))
     here = (query < queries)[:, None]
-    nope.store(gl.load(q_nope + at[:, None] + (column * nope_d)[None, :], mask=here, other=0.0))
+    addresses = q_nope + at[:, None] + (column * nope_d)[None, :]
+    if SIXTEENS:  # said here, for a partition of other warps than the first knows nothing of the kernel's arguments
+        addresses = gl.max_contiguous(gl.multiple_of(addresses, [1, 16]), [1, 8])
+    nope.store(gl.load(addresses, mask=here, other=0.0))
     if WHO == 1:
         NARROW: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
         row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, NARROW))
@@ -179,7 +175,10 @@ def _load_query(
         at = (first_query + query).to(gl.int64) * pe_t + (row % HEADS).to(gl.int64) * pe_h
         column = gl.arange(0, ROPE, layout=gl.SliceLayout(0, NARROW))
         here = (query < queries)[:, None]
-        pe.store(gl.load(q_pe + at[:, None] + (column * pe_d)[None, :], mask=here, other=0.0))
+        addresses = q_pe + at[:, None] + (column * pe_d)[None, :]
+        if SIXTEENS:
+            addresses = gl.max_contiguous(gl.multiple_of(addresses, [1, 16]), [1, 8])
+        pe.store(gl.load(addresses, mask=here, other=0.0))
     fence_async_shared()  # matrix instructions read it
 
 
@@ -359,8 +358,12 @@ def _bring(
     TMA: gl.constexpr,
     GATHERED: gl.constexpr,
     QUANTISED: gl.constexpr,
+    OVERLAPPED: gl.constexpr,
 ) -> None:
     """What keys are brought by depends on where they lie."""
+    if OVERLAPPED:
+        wait_for_kernel_ahead()
+        let_next_start()  # only now: the merge reads the schedule without waiting
     if TMA:
         _bring_by_tma(tensors, buffers, barriers, numbers, HEAD_BLOCKS, HAS_TABLE_ROWS, PAGE, STAGES)
     else:
@@ -403,7 +406,7 @@ def _finish(
 ) -> None:
     """Write one half of an item's result to the output, or to scratch where the item is split."""
     out, lse, partials, partial_lses = outputs
-    out_t, out_h, out_d, lse_t, lse_h = strides
+    out_t, out_h, out_d, lse_t, lse_h, SIXTEENS = strides
     first_query, queries, splits, slot = record
     OF_ROW: gl.constexpr = gl.SliceLayout(1 - ROW_AXIS, acc.type.layout)
     OF_COLUMN: gl.constexpr = gl.SliceLayout(ROW_AXIS, acc.type.layout)
@@ -422,7 +425,10 @@ def _finish(
     elif splits == 1:
         at = (first_query + query).to(gl.int64) * out_t + head.to(gl.int64) * out_h
         at = gl.expand_dims(at, 1 - ROW_AXIS) + gl.expand_dims(column * out_d, ROW_AXIS)
-        gl.store(out + at, acc.to(out.dtype.element_ty), mask=here)
+        addresses = out + at
+        if SIXTEENS and ROW_AXIS == 0:
+            addresses = gl.max_contiguous(gl.multiple_of(addresses, [1, 16]), [1, 8])
+        gl.store(addresses, acc.to(out.dtype.element_ty), mask=here)
         if HAS_LSE and WHO == 0:
             lse_at = (first_query + lse_query).to(gl.int64) * lse_t + (lse_row % HEADS).to(gl.int64) * lse_h
             gl.store(lse + lse_at, natural, mask=lse_query < queries)
@@ -443,7 +449,7 @@ def _fill_padding(
 ) -> None:
     """Zeros for the tokens of no row, the padding of a batch."""
     out, lse, _, _ = outputs
-    out_t, out_h, out_d, lse_t, lse_h = strides
+    out_t, out_h, out_d, lse_t, lse_h, SIXTEENS = strides
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
     head = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, WIDE))
     column = WHO * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(0, WIDE))
@@ -451,7 +457,10 @@ def _fill_padding(
     zeros = gl.zeros([ROWS, HALF], out.dtype.element_ty, layout=WIDE)
     for token in range(begin, end, step):
         far = gl.cast(token, gl.int64)
-        gl.store(out + far * out_t + at, zeros, mask=(head < HEADS)[:, None])
+        addresses = out + far * out_t + at
+        if SIXTEENS:
+            addresses = gl.max_contiguous(gl.multiple_of(addresses, [1, 16]), [1, 8])
+        gl.store(addresses, zeros, mask=(head < HEADS)[:, None])
         if HAS_LSE and WHO == 0:
             nothing = gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, WIDE))
             gl.store(lse + far * lse_t + head.to(gl.int64) * lse_h, nothing, mask=head < HEADS)
@@ -622,8 +631,11 @@ def _consume_many(
     GATHERED: gl.constexpr,
     QUANTISED: gl.constexpr,
     HAS_LSE: gl.constexpr,
+    OVERLAPPED: gl.constexpr,
 ) -> None:
     """One of the two warpgroups that compute: 0 sums up the left half of the values, 1 the right half."""
+    if OVERLAPPED:
+        wait_for_kernel_ahead()
     tensors, outputs, q_strides, out_strides, numbers = arguments
     q_nope, q_pe, cache_scale, query_starts, items, parts = tensors
     left, right, rope, q_left, q_right, q_rope, weights_at, tops, totals = buffers
@@ -827,8 +839,11 @@ def _consume_few(
     QUANTISED: gl.constexpr,
     HAS_LSE: gl.constexpr,
     STAGES: gl.constexpr,
+    OVERLAPPED: gl.constexpr,
 ) -> None:
     """One of the two warpgroups that compute, each on every other tile by itself; then they add up what they have."""
+    if OVERLAPPED:
+        wait_for_kernel_ahead()
     tensors, outputs, q_strides, out_strides, numbers = arguments
     q_nope, q_pe, cache_scale, query_starts, items, parts = tensors
     left, right, rope, q_left, q_right, q_rope, weights, tops, totals, given = buffers
@@ -994,6 +1009,8 @@ def mla_decode_kernel(
     CAUSAL: gl.constexpr,
     TMA: gl.constexpr,  # keys come in boxes
     GATHERED: gl.constexpr,  # keys come by asynchronous copies
+    WIDE_QUERIES: gl.constexpr,  # every eight of a query's numbers begin at a multiple of 16 bytes, and stand in a row
+    WIDE_OUTPUT: gl.constexpr,  # likewise the output's
     QUANTISED: gl.constexpr,
     HAS_TABLE_ROWS: gl.constexpr,
     HAS_LSE: gl.constexpr,
@@ -1030,8 +1047,8 @@ def mla_decode_kernel(
     arguments = (
         (q_nope, q_pe, cache_scale, query_starts, items, parts),
         (out, lse, partials, partial_lses),
-        (nope_stride_t, nope_stride_h, nope_stride_d, pe_stride_t, pe_stride_h, pe_stride_d),
-        (out_stride_t, out_stride_h, out_stride_d, lse_stride_t, lse_stride_h),
+        (nope_stride_t, nope_stride_h, nope_stride_d, pe_stride_t, pe_stride_h, pe_stride_d, WIDE_QUERIES),
+        (out_stride_t, out_stride_h, out_stride_d, lse_stride_t, lse_stride_h, WIDE_OUTPUT),
         (scale, step_rows, tokens, parts_count),
     )
     brought = (cache, wide, narrow, table, table_rows, items, parts)
@@ -1045,8 +1062,6 @@ def mla_decode_kernel(
             mbarrier.init(weighed.index(slot), count=1)
         fence_async_shared()
         thread_barrier()
-        if OVERLAPPED:
-            wait_for_launch()
         many_buffers = (left, right, rope, q_left, q_right, q_rope, weights, tops, totals)
         many_barriers = (full_left, full_right, free_left, free_right, weighed, query_ready, totals_ready)
         gl.warp_specialize(
@@ -1065,6 +1080,7 @@ def mla_decode_kernel(
                         TMA,
                         GATHERED,
                         QUANTISED,
+                        OVERLAPPED,
                     ),
                 ),
                 (
@@ -1081,6 +1097,7 @@ def mla_decode_kernel(
                         GATHERED,
                         QUANTISED,
                         HAS_LSE,
+                        OVERLAPPED,
                     ),
                 ),
                 (
@@ -1097,6 +1114,7 @@ def mla_decode_kernel(
                         GATHERED,
                         QUANTISED,
                         HAS_LSE,
+                        OVERLAPPED,
                     ),
                 ),
             ],
@@ -1113,8 +1131,6 @@ def mla_decode_kernel(
         mbarrier.init(right_given, count=1)
         fence_async_shared()
         thread_barrier()
-        if OVERLAPPED:
-            wait_for_launch()
         few_buffers = (left, right, rope, q_left, q_right, q_rope, weights, tops, totals, given)
         few_barriers = (
             full_left,
@@ -1142,6 +1158,7 @@ def mla_decode_kernel(
                         TMA,
                         GATHERED,
                         QUANTISED,
+                        OVERLAPPED,
                     ),
                 ),
                 (
@@ -1160,6 +1177,7 @@ def mla_decode_kernel(
                         QUANTISED,
                         HAS_LSE,
                         STAGES,
+                        OVERLAPPED,
                     ),
                 ),
                 (
@@ -1178,6 +1196,7 @@ def mla_decode_kernel(
                         QUANTISED,
                         HAS_LSE,
                         STAGES,
+                        OVERLAPPED,
                     ),
                 ),
             ],
@@ -1231,6 +1250,13 @@ def comes_in_sixteens(cache: Tensor) -> bool:
     """Whether threads can copy 16 bytes of this cache at a time, as far as Triton knows: it looks for factors of 16."""
     between, place, column = cache.stride()
     return column == 1 and place % 16 == 0 and between % 16 == 0 and cache.data_ptr() % 16 == 0
+
+
+def lies_in_sixteens(rows: Tensor) -> bool:
+    """Whether 16 bytes of [T, H, D] can be read or written at a time: D is dense, and every row of it begins so."""
+    eight = 16 // rows.dtype.itemsize
+    token, head, column = rows.stride()
+    return column == 1 and token % eight == 0 and head % eight == 0 and rows.data_ptr() % 16 == 0
 
 
 def workspace(
@@ -1309,6 +1335,8 @@ def mla_decode(
         CAUSAL=causal and step.max_query > 1,
         TMA=boxed,
         GATHERED=not boxed and not quantised and comes_in_sixteens(cache),
+        WIDE_QUERIES=lies_in_sixteens(q_nope) and lies_in_sixteens(q_pe),
+        WIDE_OUTPUT=lies_in_sixteens(out),
         QUANTISED=quantised,
         HAS_TABLE_ROWS=step.pages.rows is not None,
         HAS_LSE=lse is not None,

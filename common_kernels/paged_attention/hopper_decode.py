@@ -134,8 +134,11 @@ def load_part_of_keys(
     HEAD_MAIN: gl.constexpr,
     HEAD_TAIL: gl.constexpr,
     STAGES: gl.constexpr,
+    DEPENDENT: gl.constexpr,
 ) -> None:
     """The partition that fills the ring, with the tiles of all items of a part, one behind another."""
+    if DEPENDENT:
+        wait_for_kernel_ahead()
     first_item, first_tile, last_item, end_tile, _ = load_part(parts, part)
     row, _, queries, first_position, first_key, end_key, _, _ = load_first_item(parts, part)
     number = part * 0
@@ -279,8 +282,11 @@ def attend_part(
     HEAD_MAIN: gl.constexpr,
     HEAD_TAIL: gl.constexpr,
     STAGES: gl.constexpr,
+    DEPENDENT: gl.constexpr,
 ) -> None:
     """The warpgroup that attends, item after item of a part."""
+    if DEPENDENT:
+        wait_for_kernel_ahead()
     turned: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])  # [keys or V, ROWS]
     by_key: gl.constexpr = gl.SliceLayout(1, turned)
     by_row: gl.constexpr = gl.SliceLayout(0, turned)
@@ -562,8 +568,6 @@ def decode_kernel(
     k_full, k_free, v_full, v_free = make_barriers(1, BOX, STAGES)
     fence_async_shared()
     thread_barrier()
-    if DEPENDENT:
-        wait_for_kernel_ahead()
 
     score_scale = scale_of_scores(scale, soft_cap, HAS_SOFT_CAP)
     cap = soft_cap * LOG2E
@@ -588,13 +592,13 @@ def decode_kernel(
                 lse, partials, partial_lses, arrivals, sinks, slopes, items, parts, part, kv_head, first_group_head,
                 score_scale, cap, left, right, query_token_stride, query_head_stride, out_token_stride, out_head_stride,
                 lse_token_stride, lse_head_stride, Q_HEADS, GROUP, PACK, QUERIES, OVERLAPPED, CAUSAL, HAS_LEFT,
-                HAS_RIGHT, HAS_SOFT_CAP, BOX, ROWS, BLOCK_N, TILE, HEAD_MAIN, HEAD_TAIL, STAGES,
+                HAS_RIGHT, HAS_SOFT_CAP, BOX, ROWS, BLOCK_N, TILE, HEAD_MAIN, HEAD_TAIL, STAGES, DEPENDENT,
             )),
             (load_part_of_keys, (
                 key_head, value_head, k_slots, k_tail_slots, v_slots, k_full, k_free, v_full, v_free, items, parts,
                 part, table, table_rows, pages, kv_head, left, right, key_page_stride, key_token_stride,
                 value_page_stride, value_token_stride, table_stride, CAUSAL, HAS_LEFT, HAS_RIGHT, PAGE_SIZE, BOX,
-                BLOCK_N, TILE, HEAD_MAIN, HEAD_TAIL, STAGES,
+                BLOCK_N, TILE, HEAD_MAIN, HEAD_TAIL, STAGES, DEPENDENT,
             )),
         ],
         [LOAD_WARPS],

@@ -53,13 +53,19 @@ def tiles_of(
 
 @gluon.jit
 def wait_for_kernel_ahead() -> None:
-    """Wait until the kernel that was launched before this one has ended: see `triton_kernel.launch_options`."""
+    """Wait until the kernel that was launched before this one has ended: see `triton_kernel.launch_options`.
+
+    Each partition does so for itself, as its first act: by then its warps and their registers are in place.
+    """
     gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
 def let_next_start() -> None:
-    """Let the kernel that is launched after this one start, once all programs have said so or ended."""
+    """Let the kernel that is launched after this one start, once some warp of each program has said so or it has ended.
+
+    Whoever says so has waited for the kernel ahead: the next one may read without waiting what that had written.
+    """
     gl.inline_asm_elementwise(
         "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )

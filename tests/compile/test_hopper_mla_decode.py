@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from compile.early_access import early_accesses
 from compile.launches import Recorder, compile_for, facts_of, resources_of
 from taut.common_kernels import hopper
 from taut.common_kernels import workspace as workspaces
@@ -88,4 +89,5 @@ def test_what_an_instance_takes(monkeypatch: pytest.MonkeyPatch, case: str) -> N
     assert found.shared_memory <= limits.shared_memory
     assert found.stack <= limits.stack
     assert "griddepcontrol.wait" in ptx
+    assert early_accesses(ptx) == []
     assert f"setmaxnreg.inc.sync.aligned.u32 \t{made['REGISTERS']};" in ptx  # whoever computes has more than that

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from compile.early_access import early_accesses
 from compile.launches import compile_for, resources_of
 from compile.test_paged_attention import FEATURES, launches
 from taut.common_kernels.paged_attention import hopper_kernel
@@ -54,6 +55,8 @@ def test_what_an_instance_takes(monkeypatch: pytest.MonkeyPatch, case: str) -> N
     assert Taken(registers, stack, min(by_memory, by_registers)) == expected
     ptx = compiled.asm["ptx"]
     assert "wgmma.mma_async" in ptx
+    assert ("griddepcontrol.wait" in ptx) == (which == "decode")
+    assert which == "prefill" or early_accesses(ptx) == []
     assert ("cp.async.bulk.tensor" in ptx) == ("gathered" not in case)
     # One thread arrives at a barrier for its warpgroup: all must have waited for the products before. The compiler sees
     # to that; the emulator, which knows no threads, takes it for granted.

@@ -21,7 +21,13 @@ from taut.common_kernels import hopper
 from taut.common_kernels.mla_decode import hopper_kernel as mla
 from taut.common_kernels.paged_attention import hopper_decode, hopper_prefill, hopper_ring
 
-CALLS = {"mbarrier.wait", "mbarrier.arrive", "async_copy.mbarrier_arrive", "fence_async_shared"}
+CALLS = {
+    "mbarrier.wait",
+    "mbarrier.arrive",
+    "async_copy.mbarrier_arrive",
+    "fence_async_shared",
+    "wait_for_kernel_ahead",
+}
 # What is launched: the fences there stand behind the making of barriers, which is not emulated.
 ENTRIES = {"mla_decode_kernel", "decode_kernel", "prefill_kernel"}
 SEEDS = range(4)

@@ -229,6 +229,63 @@ def test_numbers_are_the_device_s() -> None:
 
 
 @gluon.jit
+def wait_for_kernel_ahead():
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def let_next_start():
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def write_first(out, WRONG: gl.constexpr):
+    if WRONG == "the next one is let in too early":
+        let_next_start()
+    if WRONG != "nobody waits":
+        wait_for_kernel_ahead()
+        gl.store(out, 1.0)
+
+
+@gluon.jit
+def write_second(out, WRONG: gl.constexpr):
+    if WRONG != "one waits, another one writes" and WRONG != "nobody waits":
+        wait_for_kernel_ahead()
+    if WRONG != "nobody waits":
+        gl.store(out + 1, 1.0)
+
+
+@gluon.jit
+def launched_early(out, WRONG: gl.constexpr):
+    if WRONG == "a load before the wait":
+        gl.load(out)
+    gl.warp_specialize([(write_first, (out, WRONG)), (write_second, (out, WRONG))], [4], [24])
+
+
+def test_each_partition_waits_for_the_kernel_ahead() -> None:
+    out = torch.zeros(2)
+    launched_early[(1,)](out, "", num_warps=4, launch_pdl=True)
+    assert out.eq(1).all()
+    launched_early[(1,)](out, "one waits, another one writes", num_warps=4)  # nothing is launched early
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("a load before the wait", "a load of the program, which has not waited"),
+        ("one waits, another one writes", "a store of write_second, which has not waited"),
+        ("the next one is let in too early", "launch_dependents of write_first, which has not waited"),
+        ("nobody waits", "ends before the kernel ahead"),
+    ],
+)
+def test_a_partition_that_does_not_wait_fails(wrong: str, message: str) -> None:
+    with pytest.raises(EmulationError, match=message):
+        launched_early[(1,)](torch.zeros(2), wrong, num_warps=4, launch_pdl=True)
+
+
+@gluon.jit
 def arithmetic(x, out, KIND: gl.constexpr):
     value = gl.load(x)
     if KIND == "quotient":

@@ -21,14 +21,7 @@ from taut.common_kernels import workspace as workspaces
 from taut.common_kernels.mla_decode import hopper_kernel, triton_kernel
 from taut.common_kernels.workspace import DeviceFacts
 
-
-class Facts(DeviceFacts):
-    """A Hopper GPU with few multiprocessors, for splits, on which nothing is launched ahead of time."""
-
-    dependent_launch = False  # type: ignore[assignment]
-
-
-FACTS = Facts("sm_90", 232_448, 3)
+FACTS = DeviceFacts("sm_90", 232_448, 3)  # a Hopper GPU with few multiprocessors, for splits
 
 
 @pytest.fixture(autouse=True)

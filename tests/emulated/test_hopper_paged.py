@@ -19,6 +19,7 @@ from strategies import paged_cases
 from taut.common_kernels.paged_attention import hopper_kernel, triton_kernel
 from taut.common_kernels.reference import NoWorkspace
 from taut.common_kernels.step import Mask
+from taut.common_kernels.workspace import DeviceFacts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 # An instruction that does nothing, at which the assembler stops moving others.
 gluon_emulator.replace("worked_out", lambda total: total)
 
+FACTS = DeviceFacts("sm_90", 232_448, 4)
 SIZES = ((64, 64), (128, 128), (192, 128), (256, 256))
 REGISTERS = {"load_registers": 40, "gather_registers": 72}
 PREFILL_TILE = REGISTERS | {"keys": 32, "stages": 2, "pack": 2}
@@ -58,6 +60,7 @@ def check(kernels: Any, case: PagedCase, served_by: str = "both", seed: int = 0)
     inputs = build_paged(case)
     with pytest.MonkeyPatch.context() as patch, gluon_emulator.seeded(seed) as launched:
         patch.setattr(triton_kernel, "DECODE_QUERIES", SERVED_BY[served_by])
+        patch.setattr(hopper_kernel, "device_facts", lambda _: FACTS)
         assert_close(inputs.run(kernels), inputs.expected(), case.dtype)
     extends = inputs.step.max_query > SERVED_BY[served_by]
     assert launched == (["prefill_kernel"] * extends + ["decode_kernel"] if inputs.tokens else [])

@@ -29,6 +29,8 @@ What is modelled
   cannot be read before.
 * Proxies: what has been written by ordinary stores (or cp.async) is read by a product or by TMA only past a
   fence_async_shared of the writer or of the reader.
+* Programmatic launch: with `launch_pdl` a partition must wait for the kernel ahead (griddepcontrol.wait, its own or of
+  the program before its partitions) before it touches global memory or lets the next kernel start.
 * Partitions of warp_specialize run in a random order, one at a time, switching where they synchronise; some seeds let
   one outrun the others, or let copies end only when nobody can go on.
 
@@ -36,7 +38,7 @@ What is not
 * Threads and warps of a partition: it runs as one. Barriers between its own threads, which the compiler puts in, are
   taken for granted; so is that a cp.async arrival with increment_count is not overtaken.
 * That barriers must be seen to be made: the fence behind `mbarrier.init` may be missing.
-* Programs that wait for one another, clusters, multicast, named barriers, programmatic launch: no effect or an error.
+* Programs that wait for one another, clusters, multicast, named barriers: no effect or an error.
 * Speed, registers, bank conflicts; the order in which a product sums.
 """
 

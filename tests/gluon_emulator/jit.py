@@ -128,7 +128,10 @@ class Jitted:
         seed = f"{Settings.seed} {self.__name__}"
         random.Random(seed).shuffle(places)
         for place in places:
-            one = Program(place, sizes, options.get("num_warps", 4), f"{seed} {place}", SHARED_LIMIT)
+            one = Program(
+                place, sizes, options.get("num_warps", 4), f"{seed} {place}", SHARED_LIMIT,
+                bool(options.get("launch_pdl")),
+            )  # fmt: skip
             with running(one):
                 try:
                     self(**values)

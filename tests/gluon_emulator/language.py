@@ -109,6 +109,7 @@ def load(
     volatile: bool = False, cache_policy: Any = None,
 ) -> Tensor:  # fmt: skip
     """Numbers at pointers; without `other`, what is masked is undefined."""
+    program().check_waited("a load")
     dtype = _pointed_at(pointer)
     shape, layout, live = _with_mask(pointer, mask)
     offsets = pointer.data.expand(shape)
@@ -126,6 +127,7 @@ def store(
     cache_policy: Any = None,
 ) -> None:  # fmt: skip
     """Put numbers at pointers."""
+    program().check_waited("a store")
     dtype = _pointed_at(pointer)
     shape, layout, live = _with_mask(pointer, mask)
     value = to_tensor(value)
@@ -156,6 +158,7 @@ def _with_mask(pointer: Tensor, mask: Any) -> tuple[tuple[int, ...], Any, Number
 
 def _atomic(combine: Callable[[Numbers, Numbers], Numbers]) -> Callable[..., Tensor]:
     def operation(pointer: Tensor, val: Any, mask: Any = None, sem: Any = None, scope: Any = None) -> Tensor:
+        program().check_waited("an atomic operation")
         dtype = _pointed_at(pointer)
         shape, layout, live = _with_mask(pointer, mask)
         value = to_tensor(val)
@@ -458,9 +461,26 @@ def warp_specialize(
     return program().specialise(jobs)
 
 
+def wait_for_kernel_ahead() -> Tensor:
+    """griddepcontrol.wait, of all threads of a partition."""
+    program().turn()
+    program().partition.waited = True
+    return to_tensor(0)
+
+
+def let_next_start() -> Tensor:
+    """griddepcontrol.launch_dependents: the next kernel may count on the end of the one ahead of this one."""
+    program().check_waited("griddepcontrol.launch_dependents")
+    return to_tensor(0)
+
+
 # What inline PTX stands for, by a word in it.
-ASSEMBLY: dict[str, Callable[..., Any]] = {"ex2.approx": exp2}
-NO_EFFECT = ("griddepcontrol", "setmaxnreg", "nanosleep", "fence.")
+ASSEMBLY: dict[str, Callable[..., Any]] = {
+    "ex2.approx": exp2,
+    "griddepcontrol.wait": wait_for_kernel_ahead,
+    "griddepcontrol.launch_dependents": let_next_start,
+}
+NO_EFFECT = ("setmaxnreg", "nanosleep", "fence.", "prefetch.")
 
 
 def inline_asm_elementwise(

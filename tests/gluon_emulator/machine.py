@@ -55,6 +55,7 @@ class Partition:
         copies: its cp.async since the last commit.
         groups: those committed that it has not waited for.
         stores: its TMA stores that it has not waited for.
+        waited: whether the kernel ahead has ended, as far as it knows.
         until: what it waits for, in words `waits_for`; None if for nothing.
         line: where it came last.
     """
@@ -67,6 +68,7 @@ class Partition:
     copies: list[Pending] = field(default_factory=list)
     groups: list[list[Pending]] = field(default_factory=list)
     stores: list[Pending] = field(default_factory=list)
+    waited: bool = False
     until: Callable[[], bool] | None = None
     waits_for: str = ""
     done: bool = False
@@ -83,6 +85,7 @@ class Program:
         num_warps: of the default partition.
         seed: of everything random in it.
         shared_limit: bytes of shared memory it may have.
+        dependent: whether it starts before the kernel ahead has ended, and must wait for it.
 
     Attributes:
         partition: the one that runs.
@@ -91,8 +94,9 @@ class Program:
     """
 
     def __init__(
-        self, place: tuple[int, ...], grid: tuple[int, ...], num_warps: int, seed: str, shared_limit: int
-    ) -> None:
+        self, place: tuple[int, ...], grid: tuple[int, ...], num_warps: int, seed: str, shared_limit: int,
+        dependent: bool = False,
+    ) -> None:  # fmt: skip
         self.place = place
         self.grid = grid
         self.random = random.Random(seed)
@@ -100,7 +104,7 @@ class Program:
         self.shared_limit = shared_limit
         self.shared_bytes = 0
         self.clock = 1
-        self.partitions = [Partition("the program", num_warps)]
+        self.partitions = [Partition("the program", num_warps, waited=not dependent)]
         self.pending: list[Pending] = []
         self.barriers: list[Barrier] = []
         self.partition: Partition = self.partitions[0]
@@ -161,7 +165,7 @@ class Program:
         main, *others = functions
         me = self.partitions[0]
         me.name = main[0]
-        self.partitions += [Partition(name, warps) for name, _, warps in others]
+        self.partitions += [Partition(name, warps, waited=me.waited) for name, _, warps in others]
         for partition in self.partitions:
             partition.speed = self.random.choice(SPEEDS)
         for partition, (_, function, _) in zip(self.partitions[1:], others, strict=True):
@@ -180,6 +184,11 @@ class Program:
             raise EmulationError(f"{error_text(error)}\n  {partition.name}: {where(error)}") from None
         partition.done = True
 
+    def check_waited(self, doing: str) -> None:
+        """The kernel ahead has ended before what its partition does now; it may have written what that reads."""
+        if not self.partition.waited:
+            raise EmulationError(f"{doing} of {self.partition.name}, which has not waited for the kernel ahead")
+
     def check_end(self, partition: Partition) -> None:
         """Everything that a partition began has been waited for."""
         left = [f"the product of {product.line}" for product in partition.products]
@@ -191,6 +200,8 @@ class Program:
     def finish(self) -> None:
         """What must hold when a program ends."""
         self.check_end(self.partitions[0])
+        if not any(partition.waited for partition in self.partitions):
+            raise EmulationError("the program ends before the kernel ahead: the next one would take both for done")
         if self.pending:
             raise EmulationError(f"the program ends before {self.pending[0].what}")
         for barrier in self.barriers:

@@ -373,6 +373,7 @@ def tma_load(
 ) -> None:  # fmt: skip
     """Copy a box into shared memory and count its bytes at a barrier, some time."""
     one = program()
+    one.check_waited("a TMA load")
     signalled = barrier_of(barrier)
     corner = tensor_desc.check(result, coord)
     if multicast:
@@ -400,6 +401,7 @@ def tma_load(
 def tma_store(tensor_desc: Descriptor, coord: Sequence[Any], src: SharedMemory, cache_policy: Any = None) -> None:
     """Copy shared memory into a box, some time before `tma_store_wait`."""
     one = program()
+    one.check_waited("a TMA store")
     corner = tensor_desc.check(src, coord)
     src.check_fenced("a TMA store")
     offsets, inside = tensor_desc.box(corner)
@@ -440,6 +442,7 @@ def async_copy(
 ) -> None:  # fmt: skip
     """cp.async: the numbers at the pointers into shared memory, some time; zeros where masked."""
     one = program()
+    one.check_waited("a cp.async")
     if pointer.memory is None or pointer.shape != smem.shape or pointer.dtype.element_ty != smem.dtype:
         raise EmulationError(f"{pointer!r} is copied into {smem.dtype}{smem.shape} of shared memory")
     agree(pointer.layout, *([] if mask is None else [to_tensor(mask).layout]))
