@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
-AT_ONCE = 4  # processes that share the GPU, and the cores of its host
+AT_ONCE = 5  # processes that share the GPU, and the cores of its host
 
 
 @dataclass(frozen=True)
