@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 MARK = "taut audit|"
 RUNTIME = frozenset({"cuda_runtime", "cuda_driver"})  # the categories of AMD's runtime too
+DEVICE = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
 WAITS = ("Synchronize", "StreamQuery", "EventQuery")
 ACROSS = {"HtoD": "h2d", "DtoH": "d2h", "DtoD": "copies"}
 
@@ -90,13 +91,11 @@ def observed(trace: Mapping[str, Any]) -> Device:
     """
     events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
     marks = [event for event in events if _category(event) == "user_annotation" and event["name"].startswith(MARK)]
-    on_device = {
-        event["args"]["correlation"]: event
-        for event in events
-        if _category(event) in ("kernel", "gpu_memcpy", "gpu_memset") and "correlation" in event.get("args", {})
-    }
+    ran = [event for event in events if _category(event) in DEVICE and "correlation" in event.get("args", {})]
+    on_device = {event["args"]["correlation"]: event for event in ran}  # of a captured graph's launch the last one
     properties: Mapping[str, Any] = (trace.get("deviceProperties") or [{}])[0]
-    found = Device()
+    zero = min((event["ts"] for event in ran), default=0.0)
+    found, seen = Device(), set()
     for mark in marks:
         scope = mark["name"].removeprefix(MARK)
         inside = [event for event in events if event is not mark and _within(event, mark)]
@@ -107,11 +106,18 @@ def observed(trace: Mapping[str, Any]) -> Device:
         counts["fills"] += len(fills)
         counts["copies"] += sum(not _crosses(copy, inside, on_device) for copy in copies)
         for call in (event for event in inside if _category(event) in RUNTIME):
-            counts += _kinds_of_call(call, on_device, in_operator=any(_within(call, op) for op in (*fills, *copies)))
-            kernel = on_device.get(call.get("args", {}).get("correlation"))
-            if kernel is not None and kernel["cat"] == "kernel":
-                found.kernels.append(_kernel(kernel, scope, properties))
+            filling, copying = (any(_within(call, op) for op in operators) for operators in (fills, copies))
+            kinds = _kinds_of_call(call, on_device, in_operator=filling or copying)
+            counts += kinds
+            correlation = call.get("args", {}).get("correlation")
+            if correlation in on_device:
+                across = [kind for kind in ACROSS.values() if kinds[kind]]
+                kind = "fills" if filling or kinds["fills"] else across[0] if across else "copies" if copying else ""
+                found.kernels.append(_kernel(on_device[correlation], scope, zero, kind, properties))
+                seen.add(correlation)
         found.counts[scope] = dict(counts)
+    rest = (event for event in ran if event["args"]["correlation"] not in seen)
+    found.others = [_kernel(event, "", zero, "", properties) for event in rest]
     return found
 
 
@@ -151,7 +157,7 @@ def _outermost(events: Sequence[Mapping[str, Any]], words: frozenset[str]) -> li
     return [event for event in named if not any(other is not event and _within(event, other) for other in named)]
 
 
-def _kernel(event: Mapping[str, Any], scope: str, properties: Mapping[str, Any]) -> Kernel:
+def _kernel(event: Mapping[str, Any], scope: str, zero: float, kind: str, properties: Mapping[str, Any]) -> Kernel:
     told = event["args"]
     grid = tuple(told.get("grid", ()))
     waves = tail = None
@@ -170,7 +176,7 @@ def _kernel(event: Mapping[str, Any], scope: str, properties: Mapping[str, Any])
             all_shared_memory=properties.get("sharedMemPerMultiprocessor", 233472),
         )
         waves, tail = waves_and_tail(blocks, properties["numSms"], each)
-    return Kernel(event["name"], scope, float(event["dur"]), grid, waves, tail)
+    return Kernel(event["name"], scope, float(event["dur"]), grid, waves, tail, event["ts"] - zero, kind)
 
 
 def _category(event: Mapping[str, Any]) -> str:

@@ -91,6 +91,9 @@ def _attend_latent(layer: Any, metadata: Any, tokens: int, dtype: torch.dtype) -
 class _Poisoned(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Fills what is allocated without being written."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __torch_dispatch__(
         self, function: Any, _types: Any, arguments: tuple[Any, ...] = (), named: dict[str, Any] | None = None
     ) -> Any:

@@ -120,15 +120,17 @@ class Padding:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch of a kernel as torch's profiler saw it on the device.
+    """A kernel, fill or copy as torch's profiler saw it run on the device.
 
     Args:
         name: of the kernel.
-        scope: of the metadata or the layer it was launched in.
+        scope: of the metadata or the layer it was launched in; "" outside of the backend's parts of the step.
         microseconds: it ran.
-        grid: programs in each dimension.
+        grid: programs in each dimension; empty where it is no kernel.
         waves: how often the device was filled with them; None where the profiler does not tell.
         tail: the share of the last wave that stood idle.
+        began: microseconds after the first of the step.
+        kind: "fills", "copies", "h2d" or "d2h" where it is that; else "".
     """
 
     name: str
@@ -137,14 +139,23 @@ class Kernel:
     grid: tuple[int, ...]
     waves: float | None
     tail: float | None
+    began: float = 0.0
+    kind: str = ""
 
 
 @dataclass
 class Device:
-    """What torch's profiler saw in one decode step: by scope the counts, and each kernel."""
+    """What torch's profiler saw in one decode step.
+
+    Args:
+        counts: by scope.
+        kernels: of the backend's parts of the step.
+        others: of the rest of it.
+    """
 
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     kernels: list[Kernel] = field(default_factory=list)
+    others: list[Kernel] = field(default_factory=list)
 
 
 @dataclass

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from taut.audit.floor import floor_bytes, split_bytes
 from taut.audit.operations import KINDS
+from taut.audit.records import Place  # noqa: TC001 - a report that is read back is held against these types
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from taut.audit.records import Device, Event, Kernel, Layer, Place, Run, Scope, Step
+    from taut.audit.records import Device, Event, Kernel, Layer, Run, Scope, Step
 
 # What the profiler counts as the trace does: its allocations are those of a layer's output, too.
 PROFILED = ("syncs", "h2d", "d2h", "copies", "fills", "launches")

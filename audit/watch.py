@@ -49,6 +49,7 @@ class Watch:
         self.source: Source | None = None
         self.captured: dict[str, int] = {}
         self._compiled: list[str] = []
+        self._splits: dict[str, int] = {}  # arguments of the launch that is under way
         self._in_step = False
         self._install()
 
@@ -129,32 +130,34 @@ class Watch:
         runtime: Any = getattr(getattr(triton, "knobs", None), "runtime", None)
         hooked = hasattr(getattr(runtime, "launch_enter_hook", None), "add")
         if hooked:  # sees launches of kernels that were compiled beforehand, too
-            runtime.launch_enter_hook.add(lambda metadata: self._launched(str(metadata.get()["name"]), {}))
+            runtime.launch_enter_hook.add(lambda metadata: self._launched(str(metadata.get()["name"])))
         if hasattr(runtime, "jit_post_compile_hook"):
             runtime.jit_post_compile_hook = self._compiling(runtime.jit_post_compile_hook)
         run, watch = jit.JITFunction.run, self
 
         @functools.wraps(run)
         def watched_run(function: Any, *arguments: Any, **named: Any) -> Any:
-            splits = _splits(function.arg_names, arguments, named)
-            watch._note_capture(function.__name__, splits)
-            if not hooked and not named.get("warmup"):
-                watch._launched(function.__name__, splits)
-            return run(function, *arguments, **named)
+            watch._splits = _splits(function.arg_names, arguments, named)
+            try:
+                watch._note_capture(function.__name__)
+                if not hooked and not named.get("warmup"):
+                    watch._launched(function.__name__)
+                return run(function, *arguments, **named)
+            finally:
+                watch._splits = {}
 
         jit.JITFunction.run = watched_run
         execute = interpreter.GridExecutor.__call__
 
         @functools.wraps(execute)
         def watched_execution(executor: Any, *arguments: Any, **named: Any) -> Any:
-            splits = _splits(executor.arg_names, arguments, named)
-            with watch._interpreted(executor.fn.__name__, splits):
+            with watch._interpreted(executor.fn.__name__, _splits(executor.arg_names, arguments, named)):
                 return execute(executor, *arguments, **named)
 
         interpreter.GridExecutor.__call__ = watched_execution
 
-    def _launched(self, name: str, splits: dict[str, int]) -> None:
-        with self._interpreted(name, splits):
+    def _launched(self, name: str) -> None:
+        with self._interpreted(name, self._splits):
             pass
 
     @contextmanager
@@ -165,9 +168,9 @@ class Watch:
         with self.source.operation(name, splits):
             yield
 
-    def _note_capture(self, name: str, splits: dict[str, int]) -> None:
-        if splits and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            self.captured |= {f"{name}.{argument}": count for argument, count in splits.items()}
+    def _note_capture(self, name: str) -> None:
+        if self._splits and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            self.captured |= {f"{name}.{argument}": count for argument, count in self._splits.items()}
 
     def _compiling(self, others: Callable[..., Any] | None) -> Callable[..., Any]:
         def hook(**told: Any) -> Any:

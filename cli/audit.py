@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from pydantic import TypeAdapter
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 import taut
 from taut.audit.operations import KINDS
-from taut.audit.page import page
+from taut.audit.page import BYTES, number_text, of_a_scope, of_a_step, page, reasons, size_text
+from taut.audit.picture import picture, short
 from taut.audit.process import EngineFailedError, run_engine
 from taut.audit.records import SCHEMA, Device, Run
 from taut.audit.verdict import JUDGED, Finding, Summary, busiest, failures, seen_by, summary
@@ -34,12 +36,6 @@ if TYPE_CHECKING:
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt")
 MOST_PLACES = 20
-BYTES = {
-    "scratch bytes": "scratch",
-    "bytes beside the kernels": "moved",
-    "bytes of partial results": "split_traffic",
-    "bytes at least": "floor",
-}
 
 
 class Engine(str, Enum):
@@ -57,7 +53,14 @@ class Phase(str, Enum):
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="A model's folder (config.json alone will do), or its name.")],
+    called: typer.Context,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A model's folder (config.json alone will do), or its name; or a file that --json has printed: it is "
+            "shown again, and no engine runs."
+        ),
+    ],
     engine: Annotated[Engine | None, typer.Option(help="The engine; by default the one that is installed.")] = None,
     backend: Annotated[
         str,
@@ -81,6 +84,12 @@ def command(
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON; see docs/audit.md.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write the record to this file, as a page by itself.")] = None,
+    picture_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--picture", help="Write the picture of a step to this file, as SVG: on the device, else on the host."
+        ),
+    ] = None,
 ) -> None:
     """Show where a step of an engine wastes time in its attention, and which lines of code do it.
 
@@ -96,20 +105,28 @@ def command(
 
     taut audit llama/ --backend my_package.attention:Backend --fail-on syncs,copies,fills,allocations
 
+    taut audit llama/ --against stock --json > report.json; taut audit report.json --html page.html --picture step.svg
+
     The exit status is 1 when something named with --fail-on happens, or cannot be seen on this machine.
     """
     judged = _kinds(fail_on)
-    chosen = engine.value if engine else _installed()
-    asked = [request_of(chosen, model, name, rows, context, steps, layers, made_up, option or []) for name in
-             ([backend] if against is None else [backend, against])]  # fmt: skip
     console = Console(stderr=as_json)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what has been started is ended on the way out
-    runs = [_run(request, console) for request in asked]
-    judgements = [summary(run, phase.value) for run in runs]
-    failed = failures(judgements[0], judged)
-    report = report_of(asked[0], runs, judgements, failed)
+    if Path(model).is_file():
+        _only_shown(called)
+        report, runs, judgements = read_report(Path(model))
+    else:
+        chosen = engine.value if engine else _installed()
+        asked = [request_of(chosen, model, name, rows, context, steps, layers, made_up, option or []) for name in
+                 ([backend] if against is None else [backend, against])]  # fmt: skip
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what has been started is ended on the way out
+        runs = [_run(request, console) for request in asked]
+        judgements = [summary(run, phase.value) for run in runs]
+        report = report_of(asked[0], runs, judgements)
+    failed = report["failed"] = failures(judgements[0], judged)
     if html is not None:
-        html.write_text(page(report))
+        html.write_text(page(report), encoding="utf-8")
+    if picture_file is not None:
+        picture_file.write_text(picture(report), encoding="utf-8")
     if as_json:
         typer.echo(json.dumps(report, indent=1))
     else:
@@ -117,8 +134,9 @@ def command(
             _show(run, judgement, console)
         if len(runs) == 2:
             _compare(runs, judgements, console)
-        if html is not None:
-            console.print(f"The page: {html}")
+        for name, file in (("page", html), ("picture", picture_file)):
+            if file is not None:
+                console.print(f"The {name}: {file}")
         for sentence in failed:
             console.print(f"[red]fails[/] {runs[0].asked}: {sentence}")
     if failed:
@@ -134,6 +152,20 @@ def _kinds(asked: str) -> list[str]:
         if kind not in JUDGED:
             raise UserError(f"--fail-on {kind}: nothing of this name is judged. There are {', '.join(JUDGED)}")
     return kinds
+
+
+def _only_shown(called: typer.Context) -> None:
+    """Refuse what cannot be asked of a report: nothing runs, and its phase is chosen."""
+    for option in called.command.params:
+        source = called.get_parameter_source(str(option.name))
+        if getattr(source, "name", "") == "COMMANDLINE" and option.name not in (
+            "model",
+            "fail_on",
+            "as_json",
+            "html",
+            "picture_file",
+        ):
+            raise UserError(f"{option.opts[0]}: this is a report, which is only shown again; leave the option away")
 
 
 def _installed() -> str:
@@ -228,9 +260,7 @@ def _run(request: Request, console: Console) -> Run:
 # What is shown
 
 
-def report_of(
-    request: Request, runs: Sequence[Run], judgements: Sequence[Summary], failed: Sequence[str]
-) -> dict[str, Any]:
+def report_of(request: Request, runs: Sequence[Run], judgements: Sequence[Summary]) -> dict[str, Any]:
     """The record, as docs/audit.md describes it. Of the steps of a run the events of the last one of each kind stay."""
     shown = []
     for run, judgement in zip(runs, judgements, strict=True):
@@ -243,7 +273,31 @@ def report_of(
     asked = dataclasses.asdict(request)
     work = {name: asked[name] for name in ("engine", "rows", "context", "steps", "layers", "made_up", "options")}
     work["model"] = Path(request.model).name  # a machine's folders are nobody's business in a report
-    return {"schema": SCHEMA, "taut": taut.__version__, "work": work, "runs": shown, "failed": list(failed)}
+    return {"schema": SCHEMA, "taut": taut.__version__, "work": work, "runs": shown, "failed": []}
+
+
+def read_report(file: Path) -> tuple[dict[str, Any], list[Run], list[Summary]]:
+    """A record that was printed before, with its runs and what was made of them; `report_of` read backwards.
+
+    Raises:
+        UserError: the file is none, or of a later release.
+    """
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+        judgements = TypeAdapter(list[Summary]).validate_python([run.pop("summary") for run in report["runs"]])
+        runs = TypeAdapter(list[Run]).validate_python(report["runs"])
+        schema = report["schema"]
+    except (ValueError, KeyError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{file} is no report that `taut audit --json` has printed: {reason}") from None
+    if schema != SCHEMA:
+        raise UserError(f"{file} is a report of schema {schema}; this release of taut reads {SCHEMA}")
+    # With all that later releases have added to what was written then.
+    whole = [
+        dataclasses.asdict(run) | {"summary": dataclasses.asdict(judgement)}
+        for run, judgement in zip(runs, judgements, strict=True)
+    ]
+    return report | {"runs": whole}, runs, judgements
 
 
 def _show(run: Run, judged: Summary, console: Console) -> None:
@@ -260,11 +314,10 @@ def _show(run: Run, judged: Summary, console: Console) -> None:
     table.add_column("a step", justify="right")
     for kind in KINDS:
         cells = ["?" if kind in judged.unknown else f"{row.counts.get(kind, 0):g}" for row in judged.rows]
-        table.add_row(kind, *cells, _number(judged.totals[kind]))
-    for words, attribute in BYTES.items():
-        sizes = [getattr(row, attribute) for row in judged.rows]
-        known = [size * row.scopes for size, row in zip(sizes, judged.rows, strict=True) if size is not None]
-        table.add_row(words, *map(_bytes, sizes), _bytes(sum(known) if known else None))
+        table.add_row(kind, *cells, number_text(judged.totals[kind]))
+    scopes = [vars(row) for row in judged.rows]
+    for words, name in BYTES.items():
+        table.add_row(words, *(of_a_scope(row, name) for row in scopes), size_text(of_a_step(scopes, name)))
     console.print(table)
     if run.kernels.endswith("reference"):
         console.print(
@@ -274,13 +327,12 @@ def _show(run: Run, judged: Summary, console: Console) -> None:
     if padded := [step.padded for step in run.steps if step.kind == judged.phase and step.padded]:
         console.print(f"Rows of a step that are padding: {max(padded)}", highlight=False)
     if run.held is not None:
-        console.print(f"The backend's objects hold {_bytes(run.held)} from step to step.", highlight=False)
+        console.print(f"The backend's objects hold {size_text(run.held)} from step to step.", highlight=False)
     _show_findings(judged, console)
     if run.observed is not None and run.observed.kernels:
         _show_kernels(run.observed, console)
-    for why in dict.fromkeys(judged.unknown.values()):
-        kinds = ", ".join(kind for kind, reason in judged.unknown.items() if reason == why)
-        console.print(f"? {kinds}: {why}", style="dim", highlight=False)
+    for why, kinds in reasons(vars(judged)):
+        console.print(f"? {', '.join(kinds)}: {why}", style="dim", highlight=False)
     console.print()
 
 
@@ -293,7 +345,7 @@ def _show_kernels(device: Device, console: Console) -> None:
         waves = "?" if kernel.waves is None else f"{kernel.waves:.2f}"
         tail = "?" if kernel.tail is None else f"{kernel.tail:.0%}"
         grid = " x ".join(map(str, kernel.grid)) or "?"
-        table.add_row(kernel.name[:60], str(times), f"{microseconds:.1f}", grid, waves, tail)
+        table.add_row(short(kernel.name), str(times), f"{microseconds:.1f}", grid, waves, tail)
     console.print(table)
 
 
@@ -311,7 +363,7 @@ def _show_findings(judged: Summary, console: Console) -> None:
     for (where, scope), found in list(places.items())[:MOST_PLACES]:
         console.print(f"[bold]{where}[/]" + (f" ({scope})" if scope else ""), highlight=False, soft_wrap=True)
         for finding in found:
-            size = f", {_bytes(finding.size)}" if finding.size else ""
+            size = f", {size_text(finding.size)}" if finding.size else ""
             console.print(f"    {finding.count:g} x {finding.kind}: {finding.operation}{size}", highlight=False)
     if len(places) > MOST_PLACES:
         console.print(f"… and {len(places) - MOST_PLACES} more lines of code: --json has them all")
@@ -325,25 +377,9 @@ def _compare(runs: Sequence[Run], judgements: Sequence[Summary], console: Consol
     for heading in ("", *(run.asked for run in runs)):
         table.add_column(heading, justify="right" if heading else "left")
     for kind in (*KINDS, "compiled", "not_finite"):
-        table.add_row(kind, *(_number(judgement.totals[kind]) for judgement in judgements))
-    for words, attribute in BYTES.items():
-        known = [
-            [getattr(row, attribute) * row.scopes for row in judgement.rows if getattr(row, attribute) is not None]
-            for judgement in judgements
-        ]
-        table.add_row(words, *(_bytes(sum(sizes) if sizes else None) for sizes in known))
+        table.add_row(kind, *(number_text(judgement.totals[kind]) for judgement in judgements))
+    for words, name in BYTES.items():
+        sizes = (of_a_step([vars(row) for row in judgement.rows], name) for judgement in judgements)
+        table.add_row(words, *map(size_text, sizes))
+    table.add_row("held from step to step", *(size_text(run.held) for run in runs))
     console.print(table)
-
-
-def _number(count: float | None) -> str:
-    return "?" if count is None else f"{count:g}"
-
-
-def _bytes(size: float | None) -> str:
-    if size is None:
-        return "?"
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"

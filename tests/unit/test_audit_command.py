@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -17,6 +18,8 @@ from typer.testing import CliRunner
 
 from taut.audit import process as engine_process
 from taut.audit.process import EngineFailedError, reason, run_engine
+from taut.audit.records import Event, Place, Run, Scope, Step
+from taut.audit.verdict import summary
 from taut.audit.work import Request, held_bytes, prompts, scheduled_partials
 from taut.cli import UserError, audit
 from taut.cli.main import app
@@ -76,6 +79,50 @@ def test_an_unknown_engine_is_named_with_those_there_are(model: str) -> None:
     assert result.exit_code == 2
     assert "vllm" in result.output
     assert "Traceback" not in result.output
+
+
+def a_report(folder: Path) -> Path:
+    """As `--json` prints one, of a run that fills in each of two layers."""
+    event = Event("aten.zero_", "backend", {"fills": 1, "launches": 1}, 1.0, 2.0, 64, 0, Place("a.py", 7, "f"), None)
+    scopes = [Scope(name, "layer", 0.0, 9.0, [event]) for name in ("one", "two")]
+    run = Run("stock", "vllm", "0.1", "NVIDIA H200", "a.B", steps=[Step("decode", [3], 1, scopes=scopes)])
+    report = audit.report_of(Request("vllm", "/a/model", "stock"), [run], [summary(run, "decode")])
+    file = folder / "report.json"
+    file.write_text(json.dumps(report))
+    return file
+
+
+def test_a_report_is_shown_again_and_no_engine_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit, "run_engine", None)
+    report, html, svg = str(a_report(tmp_path)), tmp_path / "page.html", tmp_path / "step.svg"
+    arguments = ["audit", report, "--html", str(html), "--picture", str(svg), "--fail-on", "fills"]
+    shown = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert shown.exit_code == 1, shown.output
+    assert "2 x fills: aten.zero_, 128 B" in shown.output
+    assert "fails stock: fills: 2 a decode step" in shown.output
+    assert "a.py:7" in html.read_text()
+    assert svg.read_text().startswith("<svg")
+    again = CliRunner().invoke(app, ["audit", report, "--json"])
+    assert json.loads(again.stdout)["runs"][0]["summary"]["totals"]["fills"] == 2
+
+
+def test_a_report_of_an_earlier_release_lacks_fields(tmp_path: Path) -> None:
+    file = a_report(tmp_path)
+    report = json.loads(file.read_text())
+    for field in ("left_out", "profiled"):
+        del report["runs"][0]["summary"][field]
+    file.write_text(json.dumps(report))
+    assert CliRunner().invoke(app, ["audit", str(file)]).exit_code == 0
+
+
+def test_what_is_no_report(tmp_path: Path) -> None:
+    file = a_report(tmp_path)
+    assert "--phase: this is a report, which is only shown again" in refused(str(file), "--phase", "prefill")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"schema": 99}))
+    assert "a report of schema 99" in refused(str(file))
+    for text in ("{}", "[]", "no json", '{"schema": 1, "runs": [{"summary": 3}]}'):
+        file.write_text(text)
+        assert "no report that `taut audit --json` has printed" in refused(str(file))
 
 
 def test_help_has_examples() -> None:

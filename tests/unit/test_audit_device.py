@@ -86,7 +86,7 @@ def test_what_happened_inside_the_marks_by_kind() -> None:
 
 
 def test_kernels_with_their_waves() -> None:
-    decode, fill = observed({"traceEvents": EVENTS, "deviceProperties": [PROPERTIES]}).kernels
+    decode, fill, *_ = observed({"traceEvents": EVENTS, "deviceProperties": [PROPERTIES]}).kernels
     assert (decode.name, decode.scope, decode.microseconds, decode.grid) == (
         "decode_kernel",
         "layer 0",
@@ -95,6 +95,26 @@ def test_kernels_with_their_waves() -> None:
     )
     assert (decode.waves, decode.tail) == (1.0, 0.0)  # two blocks fit a multiprocessor, by registers and by memory
     assert (fill.name, fill.waves) == ("fill", None)
+
+
+def test_what_ran_on_the_device_with_its_kind_and_what_ran_beside_the_backend() -> None:
+    later = {**on_device("matmul", 8, "kernel"), "ts": 507.5}
+    found = observed({"traceEvents": [*EVENTS, later, {**later, "name": "of the same graph"}]})
+    assert [(kernel.name.split()[0], kernel.kind) for kernel in found.kernels] == [
+        ("decode_kernel", ""),
+        ("fill", "fills"),
+        ("Memset", "fills"),
+        ("Memset", "fills"),
+        ("Memcpy", "copies"),
+        ("Memcpy", "h2d"),
+        ("Memcpy", "d2h"),
+        ("Memcpy", "copies"),
+    ]
+    assert [(kernel.name, kernel.scope, kernel.began) for kernel in found.others] == [
+        ("matmul", "", 7.5),
+        ("of the same graph", "", 7.5),
+    ]
+    assert {kernel.began for kernel in found.kernels} == {0.0}
 
 
 def test_several_marks_of_a_scope_are_added_up() -> None:

@@ -276,3 +276,26 @@ def test_a_launch_of_triton_is_one_event() -> None:
     assert [(event.name, event.kinds, event.splits) for event in step.scopes[0].events] == [
         ("triton.kernel", {"launches": 1}, {"NUM_KV_SPLITS": 8})
     ]
+
+
+def test_a_launch_that_triton_tells_of_keeps_into_how_many_parts_it_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU Triton calls a hook when a kernel starts, with its name alone; the arguments are those of the call."""
+    triton = pytest.importorskip("triton")
+    from triton.runtime import interpreter, jit
+
+    hooks: list[Callable[[Any], None]] = []
+    told = SimpleNamespace(get=lambda: {"name": "stage1"})
+    runtime = SimpleNamespace(launch_enter_hook=SimpleNamespace(add=hooks.append))
+    monkeypatch.setattr(triton, "knobs", SimpleNamespace(runtime=runtime))
+    monkeypatch.setattr(jit.JITFunction, "run", lambda *_, **__: [hook(told) for hook in hooks])
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", interpreter.GridExecutor.__call__)
+    watch, trace = Watch(), Trace("cpu")
+    kernel = SimpleNamespace(arg_names=["query", "NUM_KV_SPLITS"], __name__="stage1")
+    backend = SimpleNamespace(forward=lambda: jit.JITFunction.run(kernel, None, NUM_KV_SPLITS=4))
+    watch.method(backend, "forward", "a layer", "layer", "backend")
+    runner = SimpleNamespace(step=lambda: backend.forward())
+    watch.steps(runner, "step", lambda _: True, lambda *_: None)
+    watch.source = trace
+    runner.step()
+    (event,) = trace.steps[0].scopes[0].events
+    assert (event.name, event.splits) == ("triton.stage1", {"NUM_KV_SPLITS": 4})

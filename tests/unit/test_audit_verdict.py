@@ -11,6 +11,7 @@ import pytest
 
 from taut.audit.operations import KINDS
 from taut.audit.page import page
+from taut.audit.picture import _without_pauses, picture, short
 from taut.audit.records import Device, Event, Kernel, Layer, Padding, Place, Run, Scope, Step
 from taut.audit.verdict import ADVICE, JUDGED, WASTE, Finding, Summary, busiest, failures, summary
 from taut.cli.audit import report_of
@@ -188,28 +189,95 @@ class _Tags(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_is_whole_and_needs_nothing_else() -> None:
+def report(*, observed: bool) -> dict[str, Any]:
+    """Two backends; with a profile, the first of them has a fill and a copy in each layer, and overlapping kernels."""
     from taut.audit.work import Request
 
-    kernel = Kernel("decode<float>", "layers.0", 5.0, (264, 1, 1), 1.0, 0.0)
+    device = None
+    if observed:
+        kernels, others = [Kernel("plan", "metadata", 1.0, (1, 1, 1), 0.1, 0.9, 0.0)], []
+        for i, name in enumerate(LAYERS):
+            at = 100.0 * (i + 1)
+            fill = "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>>(int)"
+            kernels += [
+                Kernel(fill, name, 2.0, (8, 1, 1), 0.1, 0.9, at, "fills"),
+                Kernel("decode<float>", name, 5.0, (264, 1, 1), 1.0, 0.0, at + 30),
+                Kernel("merge", name, 3.0, (8, 1, 1), 0.1, 0.9, at + 34),  # begins before the one ahead has ended
+            ]
+            others.append(Kernel("matmul", "", 7.0, (64, 1, 1), 0.5, 0.5, at + 50))
+        device = Device({name: {"launches": 3} for name in LAYERS}, kernels, others)
+    padding = Padding(3, True, "rows without work get finite numbers")
     records = [
-        run(step("prefill"), step(), step(), observed=Device({}, [kernel])),
-        run(step(), asked="<taut>", backend="a.B"),
+        run(step("prefill"), step(), step(), observed=device, held=3 << 20, padding=padding),
+        run(step(), asked="<taut>", backend="a.B", observed=device),
     ]
     judgements = [summary(record, "decode") for record in records]
-    report = report_of(Request("vllm", "/models/tiny", "stock"), records, judgements, ["fills: 3 a decode step"])
-    html = page(report)
+    return report_of(Request("vllm", "/models/tiny", "stock"), records, judgements)
+
+
+@pytest.mark.parametrize("observed", [False, True])
+def test_the_page_is_whole_and_needs_nothing_else(observed: bool) -> None:
+    made = report(observed=observed)
+    made["failed"] = ["fills: 3 a decode step"]
+    html = page(made)
     tags = _Tags()
     tags.feed(html)
     assert tags.open == []
     assert tags.addresses == []
-    assert html.count("<svg") == 2
+    assert html.count("<svg") == (3 if observed else 1)
     assert "&lt;taut&gt;" in html
-    assert "decode&lt;float&gt;" in html
+    assert ("decode&lt;float&gt;" in html) == observed
     assert "backend.py:7 &gt; helper.py:9" in html
     assert "/models" not in html
     assert "fails: fills: 3 a decode step" in html
-    assert [("scopes" in step) for step in report["runs"][0]["steps"]] == [True, False, True]  # the last of each kind
+    assert '<td>fills</td><td class="n waste">3</td><td class="n waste">3</td>' in html  # side by side
+    assert '<td>held from step to step</td><td class="n">3.0 MiB</td><td class="n">?</td>' in html
+    assert "2 decode steps traced" + (", 1 profiled" if observed else "") in html
+    assert "3 rows without work were tried: rows without work get finite numbers" in html
+    assert [("scopes" in step) for step in made["runs"][0]["steps"]] == [True, False, True]  # the last of each kind
+
+
+def test_the_picture_of_a_step_on_the_device() -> None:
+    svg = picture(report(observed=True))
+    tags = _Tags()
+    tags.feed(svg)
+    assert tags.open == []
+    assert tags.addresses == []
+    assert svg.startswith('<svg xmlns="http://www.w3.org/2000/svg"')
+    for words in (
+        "stock: 9.0 µs a layer; once a step plan 1.0 µs",
+        "&lt;taut&gt;",
+        "fill: vectorized_elementwise_kernel",
+    ):
+        assert words in svg, words
+    assert "on the host" not in svg
+
+
+def test_the_picture_of_a_step_on_the_host_where_no_device_was_seen() -> None:
+    svg = picture(report(observed=False))
+    assert "stock: the last decode step on the host" in svg
+    assert "aten.zero_ fills backend.py:7" in svg
+
+
+def test_a_layer_without_the_pauses_of_the_host_keeps_what_overlaps() -> None:
+    kernels = [{"name": name, "began": began, "microseconds": 5.0} for name, began in (("b", 30.0), ("a", 10.0))]
+    kernels.append({"name": "c", "began": 33.0, "microseconds": 5.0})
+    placed, end = _without_pauses(kernels)
+    assert [(kernel["name"], at) for kernel, at in placed] == [("a", 0.0), ("b", 5.0), ("c", 8.0)]
+    assert end == 13.0
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("_fwd_kernel_stage2", "_fwd_kernel_stage2"),
+        ("void at::native::(anonymous namespace)::CatArrayBatchedCopy<at::native::X, 4>(int)", "CatArrayBatchedCopy"),
+        ("void vllm::concat_and_cache_mla_kernel<__nv_bfloat16>", "concat_and_cache_mla_kernel"),
+        ("Memcpy HtoD (Pageable -> Device)", "Memcpy HtoD"),
+    ],
+)
+def test_a_kernels_name_in_short(name: str, expected: str) -> None:
+    assert short(name) == expected
 
 
 @pytest.mark.parametrize("record", [Run, Step, Scope, Event, Finding, Summary, Padding, Device, Place])
