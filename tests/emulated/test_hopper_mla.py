@@ -9,6 +9,7 @@ import os
 from dataclasses import replace
 from typing import Any
 
+import cases
 import gluon_emulator
 import pytest
 import torch
@@ -82,3 +83,29 @@ def test_values_past_the_end_must_be_cleared(monkeypatch: pytest.MonkeyPatch, ca
             run(case, 0)
     finally:
         gluon_emulator.jit.Settings.replaced.pop("_clear_past")
+
+
+def at_odd_addresses(rows: torch.Tensor) -> torch.Tensor:
+    """The same rows, none of which begins at a multiple of 16 bytes."""
+    wider = torch.full((*rows.shape[:2], rows.shape[2] + 1), torch.nan).to(rows.dtype)
+    wider[..., 1:] = rows
+    return wider[..., 1:]
+
+
+@pytest.mark.parametrize("case", ["64 rows, boxes", "32 rows, boxes, several queries"])
+@pytest.mark.parametrize("odd", ["q_nope", "q_pe", "out"])
+def test_rows_at_odd_addresses(monkeypatch: pytest.MonkeyPatch, case: str, odd: str) -> None:
+    """They are read and written number by number; were it said that they lie in sixteens, that would be noticed."""
+    inputs = build_mla(replace(CASES[case], latent=512, rope=64, dtype="bfloat16"))
+    if odd == "out":
+        out, lse = inputs.outputs()
+        monkeypatch.setattr(cases.Inputs, "outputs", lambda _: (at_odd_addresses(out), lse))
+    else:
+        place = ("q_nope", "q_pe").index(odd)
+        arguments = list(inputs.arguments)
+        arguments[place] = at_odd_addresses(arguments[place])
+        inputs = replace(inputs, arguments=tuple(arguments))
+    assert_close(inputs.run(hopper), inputs.expected(), "bfloat16")
+    monkeypatch.setattr(hopper_kernel, "lies_in_sixteens", lambda _: True)
+    with pytest.raises(AssertionError, match="no multiples of 16 bytes"):
+        inputs.run(hopper)

@@ -16,6 +16,7 @@ What is modelled
 * Numbers: Triton's promotion and rounding, integers of 32 and 64 bits that wrap, division toward zero, NaN that
   `max` drops; loads and stores held against the elements of the very tensor that was given; what a mask leaves out is
   undefined (NaN, large integers).
+* What the compiler is told of pointers, `multiple_of` and `max_contiguous`, must hold.
 * Layouts, as far as the language itself compares them: operands of one computation agree, `x[:, None]` needs the right
   SliceLayout, a layout has the partition's warps, those of a product are what the instruction takes. Where the compiler
   would infer a layout (reshape, permute, join, split) anything goes: compiling is what checks those.

@@ -27,6 +27,7 @@ from gluon_emulator.values import (
     cast,
     common_dtype,
     cut,
+    itemsize,
     operands,
     to_tensor,
     undefined,
@@ -428,9 +429,26 @@ def assume(condition: Any) -> None:
 
 
 def multiple_of(x: Any, values: Any) -> Any:
+    """What the compiler is told: of pointers, that every so many bytes along an axis begin at a multiple of them."""
     divisors = [values] if isinstance(values, int) else list(values)
     if isinstance(x, Tensor) and not x.shape and len(divisors) == 1 and int(x) % divisors[0]:
         raise EmulationError(f"{int(x)} is no multiple of {divisors[0]}")
+    if isinstance(x, Tensor) and x.memory is not None and x.shape:
+        addresses = x.data + x.memory.bytes.data_ptr()
+        for axis, divisor in enumerate(divisors):
+            every = builtins.max(1, divisor // itemsize(x.dtype.element_ty))
+            if divisor > 1 and (addresses.movedim(axis, 0)[::every] % divisor).any():
+                raise EmulationError(f"addresses along axis {axis} that are no multiples of {divisor} bytes")
+    return x
+
+
+def max_contiguous(x: Any, values: Any) -> Any:
+    """What the compiler is told: that so many pointers along an axis are of elements side by side."""
+    if isinstance(x, Tensor) and x.memory is not None and x.shape:
+        for axis, size in enumerate(values):
+            groups = x.data.movedim(axis, -1).unflatten(-1, (-1, size))
+            if (groups.diff(dim=-1) != itemsize(x.dtype.element_ty)).any():
+                raise EmulationError(f"elements along axis {axis} that do not lie side by side, {size} at a time")
     return x
 
 

@@ -32,7 +32,7 @@ LANGUAGE: dict[str, Any] = {
     "to_tensor": language.to_tensor,
     "barrier": language.thread_barrier,
     "allocate_shared_memory": shared.allocate,
-    "max_contiguous": language.as_is,
+    "max_contiguous": language.max_contiguous,
     "max_constancy": language.as_is,
     "num_ctas": lambda: 1,
 }
