@@ -150,7 +150,8 @@ class TautBackend(AttentionBackend):
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
         """What a graph holds of the metadata: lengths and schedules, a launch each, out of the batch's own tensors."""
         metadata = self.steps.metadata(self._batch(forward_batch, in_graph=True))
-        self._keep(forward_batch.forward_mode, metadata)
+        if self.device.type != "cuda" or torch.cuda.is_current_stream_capturing():  # not in the runs before a capture
+            self._keep(forward_batch.forward_mode, metadata)
         self.forward_metadata = metadata
         self._prepare(metadata)
 
@@ -200,6 +201,10 @@ class TautBackend(AttentionBackend):
 
     def _batch(self, forward_batch: Any, *, in_graph: bool) -> Batch:
         return batch_of(forward_batch, in_graph=in_graph, ahead=self.ahead)
+
+    def shared_read_ends(self, forward_mode: Any) -> Any:
+        """From 0.5.18 on: until when the scheduler must not write to `req_to_token`, which every layer reads."""
+        return bridge.read_to_the_end(super().shared_read_ends(forward_mode))
 
     def _keep(self, forward_mode: Any, metadata: TautMetadata) -> None:
         """Keep what a graph reads as long as we are."""
@@ -624,7 +629,8 @@ def _form_of_prompts(layer: Any, forward_batch: Any) -> Any:
     pairs = sum(queries * keys for queries, keys in zip(new, old, strict=False))
     if pairs * saved <= cached * rank * (nope + value):
         return bridge.absorbed_form(layer, forward_batch)
-    if cached + sum(new) <= forward_batch.get_max_chunk_capacity():
+    # In one shot SGLang counts the keys by lengths that the host may not know.
+    if forward_batch.seq_lens_cpu is not None and cached + sum(new) <= forward_batch.get_max_chunk_capacity():
         return forms.MHA_ONE_SHOT
     # SGLang's kernel that merges chunks is for GPUs.
     return forms.MHA_CHUNKED_KV if forward_batch.seq_lens.is_cuda else bridge.absorbed_form(layer, forward_batch)

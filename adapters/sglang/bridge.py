@@ -186,6 +186,17 @@ LEDGER = (
         ends="never",
     ),
     Touch(
+        what="shared_read_ends: until when the scheduler must not write what a forward reads, `req_to_token` above all",
+        since="0.5.18",
+        until="",
+        detected="called by the releases that have it; 0.5.15 to 0.5.17 take it that all is read when a replay begins",
+        why="our layers read `req_to_token` itself, to the graph's end. Where that cannot be said, what is written "
+        "meanwhile does no harm: places past a row's end, slots that hold the same keys as those they stand for, and "
+        "rows of requests whose results nobody reads any more",
+        ends="never",
+        probe=lambda: _has(BASE, "SharedReadEnds"),
+    ),
+    Touch(
         what="topk and spec_input_type of a batch's spec_info: whether drafts are a tree",
         since="0.5.11",
         until="",
@@ -559,6 +570,12 @@ def take_output(batch: Any) -> Tensor | None:
     if given is not None:
         batch._attn_output = None
     return given
+
+
+def read_to_the_end(declared: Any) -> Any:
+    """SGLang's name for what is read until a graph has ended, or what it declares itself where that is later."""
+    ends = type(declared)
+    return ends.max_of([declared, ends.POST_REPLAY])
 
 
 def audited_engine(run_scheduler: Callable[..., Any], **arguments: Any) -> Any:

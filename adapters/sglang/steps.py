@@ -194,5 +194,5 @@ class Steps:
         torch.add(batch.seq_lens, batch.uncounted, out=step.lengths)
         if batch.counts is not None:
             torch.cumsum(batch.counts, 0, dtype=torch.int32, out=step.query_starts[1:])
-        if self.translation is not None:
-            metadata.windowed = windowed_step(step, self.translation, self.window)
+        if self.translation is not None:  # filled again, it lies where it lay: a graph may read it
+            metadata.windowed = windowed_step(step, self.translation, self.window, metadata.windowed)

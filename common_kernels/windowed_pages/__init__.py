@@ -13,25 +13,31 @@ from taut.common_kernels.step import PageTable, Step
 if TYPE_CHECKING:
     from torch import Tensor
 
+# The width of a table is its stride, and kernels are compiled for strides that are multiples of this and for others.
+WIDTHS = 16
 
-def windowed_step(step: Step, translation: Tensor, window: int) -> Step:
+
+def windowed_step(step: Step, translation: Tensor, window: int, made: Step | None = None) -> Step:
     """A step as the windowed layers see it: the same queries over the last keys only, in pages of one slot.
 
     Args:
         step: pages of one slot, `pages.table` [requests, context] int32.
         translation: [slots] int64, from a slot of the whole pool to that of the windowed layers.
         window: how far back a query sees, itself not counted.
+        made: what this function made of the same step before, to be filled anew where it lies; None for the first time.
 
     Returns:
         A step whose table, [R, width] int32, and lengths, [R] int32, are its own. What stands in the table past a row's
         length is of no meaning.
     """
     width = min(window + step.max_query, int(step.pages.table.shape[1]))
-    table = step.pages.table.new_empty(step.rows, width)
-    lengths = step.lengths.new_empty(step.rows)
+    if made is None:
+        table = step.pages.table.new_empty(step.rows, -(-width // WIDTHS) * WIDTHS)
+        made = Step(step.query_starts, step.lengths.new_empty(step.rows), PageTable(table, 1), step.max_query, width)
+    table, lengths = made.pages.table, made.lengths
     if table.device.type == "cpu":
         from taut.common_kernels.windowed_pages.reference import fill
     else:
         from taut.common_kernels.windowed_pages.triton_kernel import fill
     fill(step, translation, window, table, lengths)
-    return Step(step.query_starts, lengths, PageTable(table, 1), step.max_query, width)
+    return made

@@ -228,6 +228,37 @@ def test_captured_metadata_of_both_kinds() -> None:
         ours.init_cuda_graph_state(8, 8)  # the reference
 
 
+def test_older_hooks_fill_the_windowed_pages_where_a_graph_reads_them() -> None:
+    attention = layer(sliding_window_size=4)
+    made = runner(attention, pool=HybridPool())
+    ours = backend.TautBackend(made)
+    forward = batch(made, ForwardMode.DECODE, [9, 7], [1, 1])
+    arguments = (forward.req_pool_indices, forward.seq_lens)
+    ours.init_forward_metadata_capture_cuda_graph(2, 2, *arguments, None, ForwardMode.DECODE, None)
+    assert ours.forward_metadata is not None
+    captured = ours.forward_metadata.windowed
+    assert captured is not None
+    assert captured.lengths.tolist() == [5, 5]
+    table, lengths = captured.pages.table, captured.lengths
+    forward.seq_lens.copy_(torch.tensor([3, 8]))
+    ours.init_forward_metadata_replay_cuda_graph(2, *arguments, 11, None, ForwardMode.DECODE, None, None)
+    assert ours.forward_metadata.windowed is captured
+    assert lengths.tolist() == [3, 5]
+    slots = made.req_to_token_pool.req_to_token[3, :3].long()
+    assert table[0, :3].tolist() == made.token_to_kv_pool.full_to_swa_index_mapping[slots].tolist()
+
+
+def test_a_graph_reads_the_table_to_its_end() -> None:
+    """From 0.5.18 on SGLang asks when its scheduler may write to `req_to_token` again."""
+    base = pytest.importorskip("sglang.srt.layers.attention.base_attn_backend")
+    if not hasattr(base, "SharedReadEnds"):
+        pytest.skip("from 0.5.18 on")
+    ours, ends = backend.TautBackend(runner(layer())), base.SharedReadEnds
+    assert ours.shared_read_ends(ForwardMode.DECODE) is ends.POST_REPLAY
+    assert ours.shared_read_ends(ForwardMode.TARGET_VERIFY) is ends.POST_REPLAY
+    assert ours.shared_read_ends(ForwardMode.EXTEND) is ends.UNKNOWN
+
+
 def test_a_replay_reads_the_batch_it_is_given() -> None:
     """Not the one that was captured, whose tensors may be others: with other rows and other lengths."""
     attention = layer()

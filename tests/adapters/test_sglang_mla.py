@@ -39,7 +39,7 @@ def prompts(new: list[int], old: list[int], *, mode: ForwardMode = ForwardMode.E
     """A batch as a handler sees it."""
     return SimpleNamespace(
         forward_mode=mode, extend_seq_lens_cpu=new, extend_prefix_lens_cpu=old,
-        get_max_chunk_capacity=lambda: 128 * 1024, seq_lens=SimpleNamespace(is_cuda=on_gpu),
+        get_max_chunk_capacity=lambda: 128 * 1024, seq_lens=SimpleNamespace(is_cuda=on_gpu), seq_lens_cpu=new,
     )  # fmt: skip
 
 
@@ -70,12 +70,16 @@ def test_what_is_absorbed() -> None:
     assert form(prompts([100], [8192])) == "MLA"
     assert form(prompts([300], [8192])) == "MHA_ONE_SHOT"
     assert form(prompts([300, 2], [8192, 16])) == "MHA_ONE_SHOT"
+    unknown = prompts([300], [8192])
+    unknown.seq_lens_cpu = None  # by which SGLang would count the keys
+    assert form(unknown) == "MHA_CHUNKED_KV"
     assert (
         form(prompts([300], [8192]), SimpleNamespace(**vars(DEEPSEEK) | {"disable_chunked_prefix_cache": True}))
         == "MLA"
     )
     assert form(prompts([300], [200_000], on_gpu=False)) == "MLA"
-    assert said == {f"prompts are served in SGLang's form {name}" for name in ("MLA", "MHA_ONE_SHOT")}
+    names = ("MLA", "MHA_ONE_SHOT", "MHA_CHUNKED_KV")
+    assert said == {f"prompts are served in SGLang's form {name}" for name in names}
 
 
 def test_captured_prompts_keep_one_form(monkeypatch: pytest.MonkeyPatch) -> None:
