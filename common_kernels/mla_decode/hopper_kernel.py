@@ -72,6 +72,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from taut.common_kernels.float8 import TO_BFLOAT16
+from taut.common_kernels.gluon_assembly import worked_out
 from taut.common_kernels.gluon_features import THREAD_BARRIERS, TMA_LOADS, first_of
 from taut.common_kernels.merge.triton_kernel import merge_items
 from taut.common_kernels.mla_decode.triton_kernel import LOG2_E, MlaWorkspace, mla_tile
@@ -742,7 +743,7 @@ def _consume_many(
                     GATHERED,
                 )
                 weights, top, fade = _weigh(scores, top, scale, first + KEYS, end_key, seen_by_all, position, CAUSAL)
-                total = total * fade + gl.sum(weights, 1)
+                total = worked_out(total * fade + gl.sum(weights, 1))
                 weights = weights.to(weights_at.dtype)
                 acc = warpgroup_mma_wait(0, deps=[started])
                 thread_barrier()
@@ -966,7 +967,7 @@ def _consume_few(
 # The launch
 
 
-@gluon.jit(do_not_specialize=["step_rows", "tokens", "parts_count"])
+@gluon.jit(do_not_specialize=["step_rows", "tokens", "parts_count", "table_stride"])
 def mla_decode_kernel(
     q_nope: gl.tensor,
     q_pe: gl.tensor,

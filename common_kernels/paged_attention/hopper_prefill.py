@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from taut.common_kernels.gluon_assembly import worked_out
 from taut.common_kernels.gluon_features import THREAD_BARRIERS, first_of
 from taut.common_kernels.paged_attention.hopper_ring import (
     GATHERING_WARPS,
@@ -228,31 +229,6 @@ def weigh(
         weights = gl.exp2(scores * score_scale - new_top[:, None])
     decay = gl.exp2(top - new_top)
     return weights, total * decay + gl.sum(weights, 1), new_top, decay
-
-
-@gluon.jit
-def worked_out(total: gl.tensor) -> gl.tensor:
-    """`total`, a sum of weights, as it is; what is waited for after this is not waited for before it is known.
-
-    The assembler moves a wait for products ahead of arithmetic that has nothing to do with it, here that of the
-    softmax, which is to be done under them. It does not move it past a store to shared memory. This one is never done,
-    since no sum of weights is negative, which the assembler does not know.
-    """
-    return gl.inline_asm_elementwise(
-        """{
-            .reg .pred never;
-            .reg .b32 zero;
-            setp.lt.f32 never, $1, 0f00000000;
-            mov.b32 zero, 0;
-            @never st.shared.f32 [zero], $1;
-            mov.b32 $0, $1;
-        }""",
-        "=f,f",
-        [total],
-        dtype=gl.float32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @gluon.jit
@@ -479,7 +455,7 @@ def attend(
     gl.store(out_rows[:, None] + columns[None, :], q_rows.load(wide), mask=wide_ours[:, None])
 
 
-@gluon.jit(do_not_specialize=["tokens", "rows", "packs", "together", "pages"])
+@gluon.jit(do_not_specialize=["tokens", "rows", "packs", "together", "pages", "table_stride"])
 def prefill_kernel(
     query: gl.tensor,  # [T, Hq, D]
     key: gl.tensor,  # [N, P, Hk, D] if gathered, else a descriptor of [N, Hk, P, D]; contiguous: of [1, Hk, K, D]

@@ -40,7 +40,8 @@ def _assembly() -> None:
         return Tensor(numbers, tl.bfloat16, bits.layout)
 
     gluon_emulator.replace("to_bfloat16", to_bfloat16)
-    gluon_emulator.replace("anew", lambda number: number)
+    for name in ("anew", "worked_out"):
+        gluon_emulator.replace(name, lambda number: number)
 
 
 RAGGED: dict[str, Any] = {"lengths": (200, 3, 0, 64, 129), "queries": (1, 1, 1, 1, 1), "padded_rows": 1}
