@@ -63,20 +63,30 @@ def tiles_of(queries: tl.tensor, first_key: tl.tensor, end_key: tl.tensor, TILE:
 
 
 @triton.jit
+def _narrow(starts: tl.tensor, count: tl.tensor, wanted: tl.tensor, low: tl.tensor, high: tl.tensor) -> tl.tensor:
+    """Two halvings of what lies between `low` and `high`: their three loads wait for the memory together."""
+    middle = (low + high) // 2
+    lower, upper = (low + middle) // 2, (middle + high) // 2
+    left = tl.load(starts + middle, mask=middle < count, other=0) > wanted
+    left_lower = tl.load(starts + lower, mask=lower < count, other=0) > wanted
+    left_upper = tl.load(starts + upper, mask=upper < count, other=0) > wanted
+    return (
+        tl.where(left, tl.where(left_lower, low, lower), tl.where(left_upper, middle, upper)),
+        tl.where(left, tl.where(left_lower, lower, middle), tl.where(left_upper, upper, high)),
+    )
+
+
+@triton.jit
 def _last_at_most(starts: tl.tensor, count: tl.tensor, wanted: tl.tensor, STEPS: tl.constexpr) -> tl.tensor:
     """For each of `wanted`, the last place of starts[0 : count], which ascends, that is not above it."""
     low = tl.zeros_like(wanted)
     high = low + count
-    for _ in tl.static_range((STEPS + 1) // 2):  # two halvings a round: their three loads wait for the memory together
-        middle = (low + high) // 2
-        lower, upper = (low + middle) // 2, (middle + high) // 2
-        left = tl.load(starts + middle, mask=middle < count, other=0) > wanted
-        left_lower = tl.load(starts + lower, mask=lower < count, other=0) > wanted
-        left_upper = tl.load(starts + upper, mask=upper < count, other=0) > wanted
-        low, high = (
-            tl.where(left, tl.where(left_lower, low, lower), tl.where(left_upper, middle, upper)),
-            tl.where(left, tl.where(left_lower, lower, middle), tl.where(left_upper, upper, high)),
-        )
+    if STEPS <= 8:
+        for _ in tl.static_range((STEPS + 1) // 2):
+            low, high = _narrow(starts, count, wanted, low, high)
+    else:  # not written out: compiling that takes seconds
+        for _ in range((STEPS + 1) // 2):
+            low, high = _narrow(starts, count, wanted, low, high)
     return low
 
 
@@ -290,7 +300,10 @@ class DeviceSchedule:
         self.items: Tensor = torch.zeros(shape.max_items, RECORD.value, dtype=torch.int32, device=device)
         self.parts: Tensor = torch.zeros(shape.parts, PART_RECORD.value, dtype=torch.int32, device=device)
         self._row_items = torch.zeros(max_rows + 1, dtype=torch.int32, device=device)
-        self._item_starts, self._item_parts = torch.zeros(2, shape.max_items, dtype=torch.int32, device=device)
+        # Each begins where memory is aligned: the kernel is compiled for what is, and for what is not.
+        self._item_starts, self._item_parts = (
+            torch.zeros(shape.max_items, dtype=torch.int32, device=device) for _ in range(2)
+        )
 
     @property
     def size_in_bytes(self) -> int:
