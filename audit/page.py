@@ -19,7 +19,8 @@ body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72re
 h1 { font-size: 1.4rem } h2 { font-size: 1.15rem; margin-top: 2.4rem } h3 { font-size: 1rem; margin: 1.4rem 0 0 }
 table { border-collapse: collapse; margin: .6rem 0 }
 th, td { padding: .2rem .7rem; border-bottom: 1px solid var(--line); vertical-align: top }
-th { text-align: left; font-weight: 600 } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
+th { text-align: left; font-weight: 600 }
+td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
 code { font-size: .92em } .dim { color: var(--dim) } .waste { color: var(--waste); font-weight: 600 }
 .wide { overflow-x: auto } svg { width: 100%; height: auto; display: block; margin: .6rem 0 }
 """
@@ -80,7 +81,7 @@ def _run(run: Mapping[str, Any]) -> str:
     parts.append(_counts(judged))
     parts += [f'<p class="dim">? {escape(", ".join(kinds))}: {escape(why)}</p>' for why, kinds in reasons(judged)]
     if run["padding"] and run["padding"]["finite"] is not None:
-        parts.append(f"<p>{run['padding']['rows']} rows without work were tried: {escape(run['padding']['says'])}.</p>")
+        parts.append(f"<p>Of {run['padding']['rows']} added ones: {escape(run['padding']['says'])}.</p>")
     parts.append("<h3>Findings</h3>" + _findings(judged["findings"]))
     if run["observed"] and run["observed"]["kernels"]:
         parts.append("<h3>What ran on the device in a decode step</h3>" + _kernels(run["observed"]))

@@ -142,6 +142,8 @@ def run(request: Request, path: Path) -> Run:
         "max_num_seqs": request.rows + padding.ROWS,
         "max_num_batched_tokens": max(2048, sum(map(len, prompts(request.rows, request.context)))),
     }
+    if request.options.get("enforce_eager", True):  # no graph to be captured: nothing to be compiled or tuned for it
+        arguments["optimization_level"] = 0
     if request.layers:
         arguments["hf_overrides"] = {"num_hidden_layers": request.layers}
     flag = "CUSTOM" if request.plugin and not current_platform.is_cpu() else request.flag

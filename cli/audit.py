@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import time
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
@@ -249,10 +250,16 @@ def environment_of(request: Request) -> dict[str, str]:
 
 
 def _run(request: Request, console: Console) -> Run:
-    words = f"{request.asked}: "
+    words, began = f"{request.asked}: ", time.monotonic()
     with console.status(f"{words}starting {request.engine} (a minute on a small machine)") as status:
+
+        def follow(said: str) -> None:
+            status.update(words + said)
+            if not console.is_terminal:  # a log shows no status: a line each
+                console.print(f"{words}{said}, after {time.monotonic() - began:.0f} s", highlight=False)
+
         try:
-            return run_engine(request, environment_of(request), lambda said: status.update(words + said))
+            return run_engine(request, environment_of(request), follow)
         except EngineFailedError as error:
             raise UserError(str(error)) from None
 

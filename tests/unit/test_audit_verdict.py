@@ -233,7 +233,7 @@ def test_the_page_is_whole_and_needs_nothing_else(observed: bool) -> None:
     assert '<td>fills</td><td class="n waste">3</td><td class="n waste">3</td>' in html  # side by side
     assert '<td>held from step to step</td><td class="n">3.0 MiB</td><td class="n">?</td>' in html
     assert "2 decode steps traced" + (", 1 profiled" if observed else "") in html
-    assert "3 rows without work were tried: rows without work get finite numbers" in html
+    assert "Of 3 added ones: rows without work get finite numbers." in html
     assert [("scopes" in step) for step in made["runs"][0]["steps"]] == [True, False, True]  # the last of each kind
 
 
