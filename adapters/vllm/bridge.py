@@ -374,6 +374,19 @@ LEDGER = (
         probe=_has(f"{MLA}:MLACommonPrefillMetadata.ContextChunk"),
     ),
     Touch(
+        what="prefill_tokens_with_context: so many tokens are merged with their context, as if those came first",
+        since="0.20.2",
+        until="0.27.0",
+        detected="a field of ChunkedContextMetadata that is set",
+        why="the newer model runner orders rows by their tokens: where vLLM merges for us, under context parallelism, "
+        "it would leave out the context of some; ours tells it to merge them all, for a row without is -inf and zero",
+        ends="when 0.27 leaves the range",
+        probe=lambda: (
+            "prefill_tokens_with_context"
+            in _resolve(f"{MLA}:MLACommonPrefillMetadata.ChunkedContextMetadata").__annotations__
+        ),
+    ),
+    Touch(
         what="gather_and_maybe_dequant_cache copies latent vectors out of the cache",
         since="0.20.2",
         until="",
@@ -593,6 +606,12 @@ def context_chunks(prefill: Any) -> list[ContextChunk]:
         )
         for index, keys in enumerate(context.seq_tot)
     ]
+
+
+def merge_all_rows(prefill: Any) -> None:
+    """Let vLLM, where it merges for us, merge every prefilling row with its context, whichever rows have one."""
+    if getattr(prefill.chunked_context, "prefill_tokens_with_context", None) is not None:
+        prefill.chunked_context.prefill_tokens_with_context = None
 
 
 def gather_context(cache: Tensor, chunk: ContextChunk, kv_cache_dtype: str, scale: Tensor) -> Tensor:

@@ -304,6 +304,7 @@ class TautMLAMetadataBuilder(MLACommonMetadataBuilder[Any]):
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
         if metadata.prefill is not None:
             metadata.prefill.parts = bridge.context_chunks(metadata.prefill)
+            bridge.merge_all_rows(metadata.prefill)
         return metadata
 
     def _build_decode(

@@ -255,8 +255,10 @@ def merge_sizes(parts: int, items: int, value_size: int) -> tuple[int, int, int]
     """How many partials, rows and columns one program reads together; a pure function.
 
     As many partials as an item has where all items are alike, since every further round waits for memory anew. Then as
-    many columns and rows as a program can hold, so that all programs run at once.
+    many columns and rows as a program can hold, so that all programs run at once. Alike for all numbers of items from
+    one power of two to the next: whoever has tried the powers has compiled every variant.
     """
-    chunk = min(128, max(2, triton.next_power_of_2(parts // max(items, 1))))
+    alike = 1 << (max(items, 1).bit_length() - 1)
+    chunk = min(128, max(2, triton.next_power_of_2(parts // alike)))
     columns = min(triton.next_power_of_2(value_size), max(32, NUMBERS // chunk))
     return chunk, min(8, max(1, NUMBERS // (chunk * columns))), columns

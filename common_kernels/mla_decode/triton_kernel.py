@@ -174,7 +174,7 @@ def _attend_tiles(
     return acc, top, total
 
 
-@triton.jit(do_not_specialize=["step_rows", "tokens", "parts_count"])
+@triton.jit(do_not_specialize=["step_rows", "tokens", "parts_count", "table_stride"])
 def mla_decode_kernel(
     q_nope: tl.tensor,
     q_pe: tl.tensor,

@@ -488,7 +488,7 @@ def fill_padding(
             gl.store(lses, gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, wide)), mask=ours)
 
 
-@gluon.jit(do_not_specialize=["tokens", "rows", "pages"])
+@gluon.jit(do_not_specialize=["tokens", "rows", "pages", "table_stride"])
 def decode_kernel(
     query: gl.tensor,  # [T, Hq, D]
     key: gl.tensor,  # a descriptor of [N, Hk, P, D], boxes [1, 1, BOX, 64]; gathered: the cache [N, P, Hk, D]

@@ -25,7 +25,7 @@ from taut.common_kernels.paged_attention.triton_softmax import (
 from taut.common_kernels.schedule.triton_kernel import load_first_item, load_item, load_part, tiles_of
 
 
-@triton.jit(do_not_specialize=["tokens", "rows"])
+@triton.jit(do_not_specialize=["tokens", "rows", "table_stride"])
 def decode_kernel(
     query: tl.tensor,  # [T, Hq, D]
     key: tl.tensor,  # [N, P, Hk, D]

@@ -47,7 +47,7 @@ def place_of(program: tl.tensor, packs: tl.tensor, together: tl.tensor, blocks: 
     return first + place % beside, blocks - 1 - place // beside
 
 
-@triton.jit(do_not_specialize=["tokens", "rows", "packs", "together"])
+@triton.jit(do_not_specialize=["tokens", "rows", "packs", "together", "table_stride"])
 def prefill_kernel(
     query: tl.tensor,  # [T, Hq, D]
     key: tl.tensor,  # [N, P, Hk, D]; contiguous: [K, Hk, D]

@@ -99,6 +99,15 @@ def test_chunked_prefill_and_prefix_caching(dense: Model, pretended_amx: Path) -
     assert max(ours.result["cached_tokens"]) >= 64
 
 
+def test_drafts_of_several_tokens_beside_prefills(dense: Model, pretended_amx: Path) -> None:
+    """Rows verify one to four tokens in a step, as many as their texts repeat, beside rows that prefill in pieces."""
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    few = {"max_num_batched_tokens": 48, "max_num_seqs": 3, "block_size": 32, "enable_prefix_caching": True}
+    ours = generate(dense, "on", shared=True, amx=pretended_amx, speculative_config=drafts, **few)
+    assert_ours_served(ours)
+    assert ours.result["token_ids"] == dense.shared
+
+
 def test_the_engines_own_runs_untouched(dense: Model) -> None:
     stock = generate(dense, None)
     assert_stock_served(stock)
