@@ -17,6 +17,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from taut.adapters.sglang import bridge, layers, selection
 from taut.adapters.sglang.steps import Batch, Steps, TautMetadata, batch_of, refuse_trees
+from taut.common_kernels.compiling import compile_ahead
 from taut.common_kernels.providers import registry
 
 if TYPE_CHECKING:
@@ -247,25 +248,39 @@ class TautBackend(AttentionBackend):
     def warm_up(self) -> None:
         """Run a layer of each kind over steps without keys, so that nothing compiles while the model serves.
 
-        The steps have 1, 2, 4, ... rows of one query each, and one has a row of as many as a prompt may have: kernels
-        are compiled for the number of rows and for the most queries that the host promises, not for how many there are.
+        Kernels are compiled for powers of two: of rows with one query each, and of the most queries of a row that the
+        host promises, not for how many there are.
         """
+        if self.device.type == "cuda":
+            compile_ahead(self._run_idle_steps)
+        self._run_idle_steps()
+        self.forward_metadata = None
+
+    def _run_idle_steps(self) -> None:
         most = min(int(self.req_to_token_pool.size), MOST_IDLE_ROWS)
         kinds = {plan.problem: layer for (layer, queries), plan in self.plans.items() if queries == 1}
         for layer in kinds.values():
-            for rows in sorted({min(1 << power, most) for power in range(most.bit_length() + 1)}):
+            contiguous = self.plans[layer, 1].problem.operation == "ragged_attention"
+            for rows in powers(most) if not contiguous else ():
                 for queries in self.usual_queries:
-                    self._run_idle(layer, rows, queries)
-            if not self.ahead:
-                self._run_idle(layer, 1, 0)
-        self.forward_metadata = None
+                    self._run_idle(layer, rows, queries, queries)
+            for longest in powers(self.max_tokens) if not self.ahead else ():
+                if not contiguous or longest == self.max_tokens:
+                    self._run_idle(layer, 1, 0, longest)
 
-    def _run_idle(self, layer: Any, rows: int, queries: int) -> None:
-        """One step of rows without keys through one layer; `queries` of each row, 0 for one row of a prompt."""
+    def _run_idle(self, layer: Any, rows: int, queries: int, longest: int) -> None:
+        """One step of rows without keys through one layer.
+
+        Args:
+            layer: of SGLang's.
+            rows: how many.
+            queries: of each row; 0 for prompts, of one query each.
+            longest: the most queries of a row that are promised.
+        """
         plan, tokens = self.plans[layer, 1], rows * (queries or 1)
         nothing = torch.zeros(rows, dtype=torch.int64, device=self.device)
         counts = None if queries else torch.ones(rows, dtype=torch.int32, device=self.device)
-        metadata = self.steps.metadata(Batch(nothing, nothing, tokens, queries, counts, queries or self.max_tokens))
+        metadata = self.steps.metadata(Batch(nothing, nothing, tokens, queries, counts, longest))
         self.forward_metadata = metadata
         self._prepare(metadata)
         problem, dtype = plan.problem, self.around.dtype
@@ -275,17 +290,28 @@ class TautBackend(AttentionBackend):
         if plan.absorbed:
             parts = {"q_rope": query[..., problem.value_size :], "k_rope": key[..., problem.value_size :]}
             query, key = query[..., : problem.value_size], value
-        for chunk in (False, True) if plan.ragged else (False,):
+        forms = [(False, False)]  # whether keys are a chunk of a prefix, and whether the LSE is wanted
+        if plan.ragged:
+            forms += [(False, True), (True, True)]
+            value = self._beside_keys(key, problem)
+        for chunk, wants_lse in forms:
             forward = SimpleNamespace(
                 out_cache_loc=torch.full((tokens,), -1, dtype=torch.int64, device=self.device),
                 extend_prefix_lens_cpu=None,
                 attn_attend_prefix_cache=chunk,
-                mha_return_lse=chunk,
+                mha_return_lse=wants_lse,
                 prefix_chunk_idx=0,
                 prefix_chunk_cu_seq_lens=[metadata.step.query_starts],
                 prefix_chunk_max_seq_lens=[self.max_tokens],
             )
             self._attend(query, key, value, layer, forward, not plan.ragged, **parts)
+
+    def _beside_keys(self, key: Tensor, problem: Problem) -> Tensor:
+        """Values [T, Hk, V] as SGLang's projection leaves them: behind each head's key, whose rope lies elsewhere."""
+        latent = next((plan.problem for plan in self.plans.values() if plan.absorbed), None)
+        rope = latent.head_size - latent.value_size if latent else 0
+        both = key.new_zeros(*key.shape[:2], problem.head_size - rope + problem.value_size)
+        return both[..., problem.head_size - rope :]
 
     def _make_room(self, batch: Batch) -> None:
         """New workspaces if a batch is larger than any that was to be expected (padding under data parallelism)."""
@@ -587,6 +613,11 @@ class TautBackend(AttentionBackend):
             return given, given.view(tokens, problem.q_heads, problem.value_size)
         out = q.new_empty((tokens, width), dtype=dtype)
         return out, out.view(tokens, problem.q_heads, problem.value_size)
+
+
+def powers(most: int) -> list[int]:
+    """1, 2, 4, ... and `most`."""
+    return sorted({min(1 << power, most) for power in range(most.bit_length() + 1)})
 
 
 def most_tokens(arguments: Any) -> int:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from taut.common_kernels.problem import Problem
 
 HEADS, RANK, ROPE, SIZE, VALUE = 4, 32, 16, 24, 24
+NOPE = SIZE - ROPE
 # DeepSeek-V2's and V3's own sizes.
 DEEPSEEK = SimpleNamespace(
     kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128, disable_chunked_prefix_cache=False
@@ -195,7 +196,19 @@ def test_what_mla_does_not_serve_is_refused_by_name() -> None:
         backend.TautBackend(made)
 
 
-def test_warm_up_runs_both_forms() -> None:
+def test_warm_up_runs_every_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unabsorbed: new tokens alone, new tokens before chunks are merged with them, and such a chunk."""
     _, _, made, ours = served()
+    forms: list[tuple[bool, bool]] = []
+    attend = reference.ragged_attention
+
+    def attended(*arguments: Any, lse: torch.Tensor | None, **named: Any) -> None:
+        mask, value = arguments[5], arguments[2]
+        forms.append((mask.causal, lse is not None))
+        assert value.stride()[:2] == (HEADS * (NOPE + VALUE), NOPE + VALUE)  # as SGLang's projection leaves them
+        attend(*arguments, lse=lse, **named)
+
+    monkeypatch.setattr(reference, "ragged_attention", attended)
     ours.warm_up()
+    assert forms == [(True, False), (True, True), (False, True)]
     assert made.token_to_kv_pool.keys.isnan().all()
