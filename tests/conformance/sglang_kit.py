@@ -3,14 +3,16 @@
     python tests/conformance/sglang_kit.py                    every case below, with our backend
     python tests/conformance/sglang_kit.py --backend triton   the same with a backend of SGLang's own, to compare
     python tests/conformance/sglang_kit.py --only mla         the cases whose name says so
+    python tests/conformance/sglang_kit.py --processes 8      shared out over so many, side by side
 
 The tests travel in SGLang's wheel, `sglang.test.kits.attention_unittest`, from 0.5.13 on: functions that build a small
 layer over a pool, let a backend that its registry knows run it, and hold the outcome against plain attention. They take
 the device as an argument: without a GPU they run on the CPU, there with our Triton kernels under Triton's interpreter,
 since SGLang's runners capture what they run and our reference cannot be captured.
 
-A case counts only if our backend attended in it. Exit status 0: every case passed, was refused with the sentence that
-is listed for it, or is not there in this release for a reason that is listed.
+A case counts only if our backend attended in it, which compiles what the case needs and warms up nothing else. What is
+wrong is said as soon as it is known. Exit status 0: every case passed, was refused with the sentence that is listed for
+it, or is not there in this release for a reason that is listed.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ import functools
 import json
 import os
 import re
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import unittest
@@ -47,6 +51,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 KIT = "sglang.test.kits.attention_unittest"
 LAYOUTS = ("shuffled_pages", "contiguous", "interleaved_pages", "non_monotonic_extend")
 LATENT = {"kv_lora_rank": 128, "qk_rope_head_dim": 64}
+NEIGHBOURS = 8  # cases that one process runs one after the other, since they need the same kernels
 
 # What we do not serve, and the sentence that says so before a number is computed.
 REFUSED = {
@@ -317,6 +322,7 @@ def count_calls() -> Counter[str]:
         return attend(*arguments, **named)
 
     TautBackend._attend = counted  # type: ignore[method-assign]
+    TautBackend.warm_up = lambda _: None  # type: ignore[method-assign]
     return calls
 
 
@@ -365,31 +371,74 @@ def arguments(given: Iterable[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--backend", default="taut", help="its name in SGLang's registry")
     parser.add_argument("--only", default="", help="only the cases whose group or name holds this")
     parser.add_argument("--report", type=Path, help="where to write every outcome, as JSON")
+    parser.add_argument("--processes", type=int, default=1, help="that run side by side")
+    parser.add_argument("--share", type=int, help=argparse.SUPPRESS)  # which of them this is
     return parser.parse_args(given)
 
 
-def main() -> int:
-    asked = arguments()
-    ours = asked.backend == "taut"
+def is_mine(number: int, asked: argparse.Namespace) -> bool:
+    """Whether the case of this number is this process's."""
+    return asked.share is None or number // NEIGHBOURS % asked.processes == asked.share
+
+
+def run_cases(asked: argparse.Namespace) -> list[Outcome]:
+    """Run every case that is asked for, or this process's share of them."""
     if not ON_GPU:
         registry().plugins.register(Interpreted(), name="interpreted")
         os.environ.setdefault("TAUT_KERNELS", "interpreted")
         register_operations_for_cpus()
-    import sglang
     from sglang.srt.plugins import load_plugins
 
     import_module("sglang.srt.managers.scheduler")  # where it is, our drafts are registered: a process that computes
     load_plugins()
     calls = count_calls()
+    cases = [case for case in Kit(asked.backend).cases() if asked.only in f"{case.group}, {case.name}"]
     outcomes = []
-    for case in Kit(asked.backend).cases():
-        if asked.only in f"{case.group}, {case.name}":
-            outcomes.append(judge(case, calls, ours))
-            print(".FSR"[("passed", "failed", "skipped", "refused").index(outcomes[-1].outcome)], end="", flush=True)  # noqa: T201
+    for number, case in enumerate(cases):
+        if is_mine(number, asked):
+            outcomes.append(judge(case, calls, asked.backend == "taut"))
+            said = ".FSR"[("passed", "failed", "skipped", "refused").index(outcomes[-1].outcome)]
+            if outcomes[-1].is_wrong:
+                said = f"\n{said} {case.group}, {case.name}: {outcomes[-1].why}\n"
+            print(said, end="", flush=True)  # noqa: T201
+    return outcomes
+
+
+def share_out(asked: argparse.Namespace) -> list[Outcome]:
+    """The outcomes of as many processes as were asked for.
+
+    Raises:
+        RuntimeError: one of them ended before its cases did.
+    """
+    command = [sys.executable, __file__, "--backend", asked.backend, "--only", asked.only]
+    with tempfile.TemporaryDirectory() as folder:
+        reports = [Path(folder) / f"{share}.json" for share in range(asked.processes)]
+        options = [
+            ["--processes", str(asked.processes), "--share", str(share), "--report", str(report)]
+            for share, report in enumerate(reports)
+        ]
+        running = [subprocess.Popen([*command, *option]) for option in options]
+        codes = [process.wait() for process in running]
+        if not all(report.exists() for report in reports):
+            raise RuntimeError(f"a process ended amid its cases; exit codes {codes}")
+        told = [outcome for report in reports for outcome in json.loads(report.read_text())]
+    groups = list(dict.fromkeys(outcome["group"] for outcome in told))
+    return sorted((Outcome(**outcome) for outcome in told), key=lambda outcome: groups.index(outcome.group))
+
+
+def main() -> int:
+    asked = arguments()
+    together = asked.processes > 1 and asked.share is None
+    outcomes = share_out(asked) if together else run_cases(asked)
     print()  # noqa: T201
-    show(outcomes, f"SGLang {sglang.__version__}, its attention kit, {asked.backend} on {DEVICE}")
+    if asked.share is None:
+        import sglang
+
+        show(outcomes, f"SGLang {sglang.__version__}, its attention kit, {asked.backend} on {DEVICE}")
     if asked.report:
         asked.report.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1))
+    if asked.share is not None:
+        return 0
     return int(any(outcome.is_wrong for outcome in outcomes) or not outcomes)
 
 
