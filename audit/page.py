@@ -81,7 +81,7 @@ def _run(run: Mapping[str, Any]) -> str:
     parts.append(_counts(judged))
     parts += [f'<p class="dim">? {escape(", ".join(kinds))}: {escape(why)}</p>' for why, kinds in reasons(judged)]
     if run["padding"] and run["padding"]["finite"] is not None:
-        parts.append(f"<p>Of {run['padding']['rows']} added ones: {escape(run['padding']['says'])}.</p>")
+        parts.append(f"<p>Padded with {run['padding']['rows']} rows: {escape(run['padding']['says'])}.</p>")
     parts.append("<h3>Findings</h3>" + _findings(judged["findings"]))
     if run["observed"] and run["observed"]["kernels"]:
         parts.append("<h3>What ran on the device in a decode step</h3>" + _kernels(run["observed"]))

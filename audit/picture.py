@@ -197,9 +197,10 @@ def _host(drawing: Drawing, run: Mapping[str, Any]) -> None:
     scopes = shown[-1]
     begin, end = min(scope["began"] for scope in scopes), max(scope["ended"] for scope in scopes)
     scale = (WIDTH - LEFT) / max(end - begin, 1e-9)
+    interpreter = " and that of Triton's interpreter" if run["interpreted"] else ""
     drawing.heading(
         f"{run['asked']}: the last {phase} step on the host",
-        f"{(end - begin) / 1000:.2f} ms with the trace's own time. Blue: operations. Red: waste.",
+        f"{(end - begin) / 1000:.2f} ms with the trace's own time{interpreter}. Blue: operations. Red: waste.",
     )
     for scope in scopes[:MOST_LANES]:
         drawing.text(LEFT - 8, scope["name"][-40:], anchor="end")

@@ -169,6 +169,7 @@ class Run:
         device: "cpu", or the GPU's name.
         backend: the class that served, with its module.
         kernels: the provider of ours that served; "" for a backend that is not ours.
+        interpreted: whether Triton's interpreter ran its kernels, whose times say nothing of a device.
         layers: what they have to work on.
         held: bytes of device memory that the backend's objects keep from step to step, caches not counted.
         partials: bytes that a layer writes to scratch and reads again, by the schedule of the last step that was
@@ -186,6 +187,7 @@ class Run:
     device: str = "cpu"
     backend: str = ""
     kernels: str = ""
+    interpreted: bool = False
     layers: list[Layer] = field(default_factory=list)
     held: int | None = None
     partials: int | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +90,11 @@ def device_name(kind: str) -> str:
     import torch
 
     return torch.cuda.get_device_name() if kind == "cuda" else kind
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels of this process."""
+    return os.environ.get("TRITON_INTERPRET", "") not in ("", "0")
 
 
 def class_name(thing: Any) -> str:
@@ -182,7 +188,10 @@ def _inner(thing: Any) -> list[Any]:
     if type(thing).__module__.startswith(CLOSED) and not isinstance(thing, Module):
         return []
     slots = (name for base in type(thing).__mro__ for name in _names(base.__dict__.get("__slots__", ())))
-    return [*getattr(thing, "__dict__", {}).values(), *(getattr(thing, name, None) for name in slots)]
+    try:
+        return [*getattr(thing, "__dict__", {}).values(), *(getattr(thing, name, None) for name in slots)]
+    except Exception:  # whatever an object of an engine's makes of being asked; it is not worth a run
+        return []
 
 
 def _names(slots: str | Iterable[str]) -> list[str]:
@@ -191,11 +200,15 @@ def _names(slots: str | Iterable[str]) -> list[str]:
 
 def _memory(things: Iterable[Any], device: str) -> dict[int, int]:
     """The memory of the tensors among these: where it begins, and its bytes."""
-    from torch import Tensor, strided
+    from torch import Tensor
 
-    storages = [
-        thing.untyped_storage()
-        for thing in things
-        if isinstance(thing, Tensor) and thing.device.type == device and thing.layout == strided
-    ]
-    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+    found: dict[int, int] = {}
+    for thing in things:
+        if isinstance(thing, Tensor):
+            try:
+                storage = thing.untyped_storage()
+            except RuntimeError:  # a sparse tensor's
+                continue
+            if storage.device.type == device:  # that of a tensor which only a compiler computes with is elsewhere
+                found[storage.data_ptr()] = storage.nbytes()
+    return found

@@ -272,6 +272,17 @@ class Slotted:
         self.buffer = buffer
 
 
+class Stubborn:
+    """An object of an engine's that fails when it is looked into, as proxies of other processes do."""
+
+    __slots__ = ("connection",)
+
+    def __getattribute__(self, name: str) -> object:
+        if name == "__class__":
+            return Stubborn
+        raise ConnectionError(name)
+
+
 def engine_of(**attributes: object) -> SimpleNamespace:
     """An engine's object: its class is written elsewhere."""
     return SimpleNamespace(**attributes)
@@ -279,6 +290,7 @@ def engine_of(**attributes: object) -> SimpleNamespace:
 
 def test_held_bytes_count_each_memory_once_and_nothing_of_the_engines() -> None:
     import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
     buffer, cache = torch.empty(100, dtype=torch.float32), torch.empty(1000)
     inner = Thing(scratch=buffer[10:], again=buffer)
@@ -288,7 +300,11 @@ def test_held_bytes_count_each_memory_once_and_nothing_of_the_engines() -> None:
     outer = Thing(inner=inner, boxes=Thing(kept=descriptors), many={"a": [torch.empty(3, dtype=torch.int64)]})
     outer.__dict__ |= {"model": model, "weight": model[0].weight.T, "slotted": Slotted(torch.empty(2))}
     inner.outer = outer  # type: ignore[attr-defined]
-    engine = engine_of(pools=[engine_of(caches={0: cache})], model=model, backend=outer)
+    with FakeTensorMode():
+        fake = torch.empty(50)
+    outer.__dict__["sparse"] = torch.eye(3).to_sparse()
+    others = [Stubborn(), fake, torch.empty(5, device="meta")]
+    engine = engine_of(pools=[engine_of(caches={0: cache})], model=model, backend=outer, others=others)
     assert held_bytes([outer], [engine], "cpu") == 400 + 24 + 8
     assert held_bytes([outer], [engine], "cuda") == 0
     assert held_bytes([], [engine], "cpu") == 0

@@ -233,7 +233,7 @@ def test_the_page_is_whole_and_needs_nothing_else(observed: bool) -> None:
     assert '<td>fills</td><td class="n waste">3</td><td class="n waste">3</td>' in html  # side by side
     assert '<td>held from step to step</td><td class="n">3.0 MiB</td><td class="n">?</td>' in html
     assert "2 decode steps traced" + (", 1 profiled" if observed else "") in html
-    assert "Of 3 added ones: rows without work get finite numbers." in html
+    assert "Padded with 3 rows: rows without work get finite numbers." in html
     assert [("scopes" in step) for step in made["runs"][0]["steps"]] == [True, False, True]  # the last of each kind
 
 
@@ -257,6 +257,10 @@ def test_the_picture_of_a_step_on_the_host_where_no_device_was_seen() -> None:
     svg = picture(report(observed=False))
     assert "stock: the last decode step on the host" in svg
     assert "aten.zero_ fills backend.py:7" in svg
+    assert "interpreter" not in svg
+    made = report(observed=False)
+    made["runs"][0]["interpreted"] = True
+    assert picture(made).count("and that of Triton&#x27;s interpreter") == 1
 
 
 def test_a_layer_without_the_pauses_of_the_host_keeps_what_overlaps() -> None:
