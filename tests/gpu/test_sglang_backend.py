@@ -36,6 +36,7 @@ WINDOW = 4
 @pytest.fixture(autouse=True)
 def _told(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(selection, "_state", selection._State(Selection("on")))
+    monkeypatch.setattr(backend.TautBackend, "warm_up", lambda _: None)  # each test compiles what it needs
     with torch.device(DEVICE):
         yield
 
