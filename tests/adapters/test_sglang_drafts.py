@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from types import SimpleNamespace
 from typing import Any
 
@@ -122,6 +123,8 @@ class Factory(DraftBackendFactory):
 
 @pytest.mark.parametrize("named", [True, False])
 def test_which_backend_serves_what_of_a_draft(named: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if named and "stamps_children" not in signature(DraftBackendFactory._create_backend).parameters:
+        pytest.skip("a name is given, too, from 0.5.18 on")
     made = runner(layer())
     for kind, expected in (("decode", TautDraftBackend), ("prefill", TautBackend)):
         given = Factory(made).made(kind, named=named)
