@@ -23,9 +23,9 @@ WORK = ("--layers", str(LAYERS), "--rows", "3", "--context", "24", "--steps", "2
 LENGTHS = [[8, 16, 24], [9, 17, 25], [10, 18, 26]]
 
 
-def command(*arguments: str) -> list[str]:
+def command(*arguments: str, model: Path = MODEL, dtype: str = "float32") -> list[str]:
     code = "from taut.cli.main import run; run()"
-    return [sys.executable, "-c", code, "audit", str(MODEL), "--option", "dtype=float32", *arguments]
+    return [sys.executable, "-c", code, "audit", str(model), "--option", f"dtype={dtype}", *arguments]
 
 
 def environment() -> dict[str, str]:
@@ -36,10 +36,10 @@ def environment() -> dict[str, str]:
     return variables | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-def audit(*arguments: str) -> tuple[dict[str, Any], int]:
-    """The report and the exit status."""
+def audit(*arguments: str, **model: Any) -> tuple[dict[str, Any], int]:
+    """The report and the exit status; `model` as `command` takes it."""
     with subprocess.Popen(
-        command(*WORK, "--json", *arguments),
+        command(*WORK, "--json", *arguments, **model),
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -71,17 +71,20 @@ def assert_exactly_what_is_planted(summary: dict[str, Any], module: str) -> None
     assert {finding["layers"] for finding in wasted} == {LAYERS}
 
 
-def assert_ours_wastes_nothing(run: dict[str, Any], *, outputs: int) -> None:
+def assert_ours_wastes_nothing(run: dict[str, Any], *, outputs: int, launches: int = 2) -> None:
     """Our Triton kernels, launch by launch: a schedule a step, a store and an attention a layer, and nothing else.
 
     Args:
         run: of the report.
         outputs: that a layer has to allocate, since its engine hands no buffer over.
+        launches: of a layer.
     """
     totals = run["summary"]["totals"]
     assert run["backend"].startswith("taut.adapters.")
     assert {kind: totals[kind] for kind in WASTE} == dict.fromkeys(WASTE, 0)
     assert totals["outputs"] == outputs * LAYERS
+    assert 0 < run["held"] < 1 << 23  # and not the cache, which it refers to
+    assert run["partials"] is not None
     layers = [row for row in run["summary"]["rows"] if row["floor"] is not None]
-    assert [(row["scopes"], row["counts"]["launches"]) for row in layers] == [(LAYERS, 2)]
+    assert [(row["scopes"], row["counts"]["launches"]) for row in layers] == [(LAYERS, launches)]
     assert run["summary"]["findings"] == [] or {found["by"] for found in run["summary"]["findings"]} == {"engine"}
