@@ -31,14 +31,15 @@ Barriers. A tile is the n-th of its part, counted over all items; slot n % 2, ph
 * `free_left`, `free_right` [slot]: one arrival a tile, after the last product that reads this half. Many rows: of
   warpgroup 0 for the left half and of 1 for the right one. The other warpgroup reads a half only to score, and that
   has ended when it hands over the weights, which this one has waited for (or it is the one that scores).
-* `weighed` [slot], many rows: one arrival a tile, of the warpgroup that scores it. The place of the weights is one for
-  all tiles of an item in turn: 1 writes there after its own product has read what 0 wrote, and 0 after its product has
-  read what 1 wrote. The tops lie in a place of their tile's slot, which is filled anew only after both have read them.
+* `weighed` [slot], many rows: one arrival a tile, of the warpgroup that scores it. The weights lie where the tile's
+  columns of rope were, which only the scores read. Those are filled anew with the right half, and that is asked for
+  after the left half: by then both halves' products have ended, one of which read the weights. The tops lie in a place
+  of their tile's slot, which is filled anew only after both have read them.
 * `query_ready`: two arrivals an item, one of each warpgroup, which bring half of the queries each. The queries of the
   item before are not read any more, for both have arrived at:
 * `totals_ready`: two arrivals an item, when a warpgroup has done all its tiles. Its numbers lie in a place of the
   item's parity: who writes there for the item after next has passed this barrier for the next one, at which the other
-  arrived after it had read. The same holds for the place of the weights from item to item.
+  arrived after it had read.
 * `left_given`, `right_given`, few rows: one arrival an item. One place serves both ways in turn: warpgroup 1 gives its
   left half, 0 takes it and gives its right half. 1 takes that before it gives again.
 
@@ -525,6 +526,7 @@ def _hand_over(
     ready: gl.shared_memory_descriptor,
 ) -> None:
     """Let the other warpgroup have a tile's weights and the top that they are relative to."""
+    thread_barrier()  # all have waited for the scores: nobody reads the tile's columns of rope any more
     top_at.store(top)
     weights_at.store(weights)
     fence_async_shared()  # the other warpgroup's matrix instructions read them
@@ -639,7 +641,7 @@ def _consume_many(
         wait_for_kernel_ahead()
     tensors, outputs, q_strides, out_strides, numbers = arguments
     q_nope, q_pe, cache_scale, query_starts, items, parts = tensors
-    left, right, rope, q_left, q_right, q_rope, weights_at, tops, totals = buffers
+    left, right, rope, q_left, q_right, q_rope, tops, totals = buffers
     full_left, full_right, free_left, free_right, weighed, query_ready, totals_ready = barriers
     scale, step_rows, tokens, parts_count = numbers
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -687,7 +689,7 @@ def _consume_many(
                     query,
                     keys,
                     full_both,
-                    weights_at,
+                    rope.index(even),
                     tops.index(even),
                     weighed.index(even),
                     values.index(even),
@@ -708,7 +710,7 @@ def _consume_many(
                     acc,
                     top,
                     total,
-                    weights_at,
+                    rope.index(odd),
                     tops.index(odd),
                     weighed.index(odd),
                     values.index(odd),
@@ -731,7 +733,7 @@ def _consume_many(
                     acc,
                     top,
                     total,
-                    weights_at,
+                    rope.index(even),
                     tops.index(even),
                     weighed.index(even),
                     values.index(even),
@@ -744,11 +746,11 @@ def _consume_many(
                 )
                 weights, top, fade = _weigh(scores, top, scale, first + KEYS, end_key, seen_by_all, position, CAUSAL)
                 total = worked_out(total * fade + gl.sum(weights, 1))
-                weights = weights.to(weights_at.dtype)
+                weights = weights.to(rope.dtype)
+                _hand_over(weights, top, rope.index(odd), tops.index(odd), weighed.index(odd))
                 acc = warpgroup_mma_wait(0, deps=[started])
                 thread_barrier()
                 mbarrier.arrive(free.index(even), count=1)
-                _hand_over(weights, top, weights_at, tops.index(odd), weighed.index(odd))
                 acc = _sum_own(
                     _fade(acc, fade), weights, values.index(odd), free.index(odd), end_key - first - KEYS, TMA
                 )
@@ -764,7 +766,7 @@ def _consume_many(
                     query,
                     keys,
                     full_both,
-                    weights_at,
+                    rope.index(even),
                     tops.index(even),
                     weighed.index(even),
                     values.index(even),
@@ -786,7 +788,7 @@ def _consume_many(
                     acc,
                     top,
                     total,
-                    weights_at,
+                    rope.index(even),
                     tops.index(even),
                     weighed.index(even),
                     values.index(even),
@@ -1056,14 +1058,14 @@ def mla_decode_kernel(
     strides = (table_stride, cache_stride_page, cache_stride_place, page_keys)
     if ROWS == MANY:
         gl.static_assert(STAGES == 2, "tiles of many rows lie in two slots, one for each warpgroup")
-        weights = gl.allocate_shared_memory(DTYPE, [ROWS, KEYS], TILE)
+        gl.static_assert(ROWS == KEYS and KEYS == ROPE, "weights take the place of a tile's columns of rope")
         tops = gl.allocate_shared_memory(gl.float32, [2, ROWS], VECTOR)
         weighed = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         for slot in gl.static_range(2):
             mbarrier.init(weighed.index(slot), count=1)
         fence_async_shared()
         thread_barrier()
-        many_buffers = (left, right, rope, q_left, q_right, q_rope, weights, tops, totals)
+        many_buffers = (left, right, rope, q_left, q_right, q_rope, tops, totals)
         many_barriers = (full_left, full_right, free_left, free_right, weighed, query_ready, totals_ready)
         gl.warp_specialize(
             [
