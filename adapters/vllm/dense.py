@@ -33,6 +33,7 @@ from taut.adapters.vllm.shared import (
     serving_kernels,
     table_path,
 )
+from taut.common_kernels.compiling import compile_ahead
 from taut.common_kernels.model import problems_of_model
 from taut.common_kernels.problem import Problem
 from taut.common_kernels.providers import registry
@@ -183,6 +184,7 @@ class TautMetadataBuilder(AttentionMetadataBuilder[TautMetadata]):
             registry().choose(problem, selection().kernels).provider.graphs for problem in self.kinds
         )
         if device.type == "cuda":
+            compile_ahead(self.warm_up)
             self.warm_up()
 
     def warm_up(self) -> None:

@@ -38,6 +38,7 @@ from taut.adapters.vllm.shared import (
     serving_kernels,
     table_path,
 )
+from taut.common_kernels.compiling import compile_ahead
 from taut.common_kernels.problem import Problem
 from taut.common_kernels.providers import registry
 from taut.common_kernels.step import Mask, PageTable, Step
@@ -246,6 +247,7 @@ class TautMLAMetadataBuilder(MLACommonMetadataBuilder[Any]):
         graphs = registry().choose(implementation.problem, selection().kernels).provider.graphs
         self.supports_draft_decode_metadata_update = graphs and self.dcp_world_size == 1
         if device.type == "cuda":
+            compile_ahead(self.warm_up)
             self.warm_up()
 
     def warm_up(self) -> None:
