@@ -117,7 +117,7 @@ def _layers(drawing: Drawing, runs: Sequence[Mapping[str, Any]]) -> None:
     if not longest:
         return
     drawing.heading(
-        "One layer's attention on the device",
+        "One layer's attention on the device, in a decode step",
         "Microseconds of each kernel, without the pauses between them. Red: fills and copies.",
     )
     scale = (WIDTH - LEFT - RIGHT) / longest
@@ -166,7 +166,7 @@ def _steps(drawing: Drawing, runs: Sequence[Mapping[str, Any]]) -> None:
     longest = max(kernel["began"] + kernel["microseconds"] for kernels in every for kernel in kernels)
     scale = (WIDTH - LEFT - RIGHT) / longest
     drawing.heading(
-        "The whole step on the device",
+        "The whole decode step on the device",
         "Milliseconds, under the profiler and launched one by one: the pauses are the host's. Blue: attention. "
         "Red: its fills and copies. Grey: the rest of the model.",
     )

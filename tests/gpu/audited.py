@@ -72,7 +72,8 @@ def observed(run: dict[str, Any]) -> Counter[str]:
 def assert_both_sources_saw_whole_steps(run: dict[str, Any]) -> None:
     """Each source at least one step, and every count is a whole number: no step was averaged in that was none."""
     summary = run["summary"]
-    assert (summary["steps"], summary["left_out"], summary["profiled"]) == (STEPS, 0, 1)
+    assert (summary["left_out"], summary["profiled"]) == (0, 1)
+    assert summary["steps"] >= STEPS  # more where requests do not begin together
     assert all(count == int(count) for row in summary["rows"] for count in row["counts"].values()), summary["rows"]
 
 

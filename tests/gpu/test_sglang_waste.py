@@ -35,6 +35,6 @@ def test_stock_metadata_is_seen_to_copy(runs: dict[tuple[str, str], dict[str, An
     """
     run = runs["deepseek", "triton"]
     assert_both_sources_saw_whole_steps(run)
-    assert run["summary"]["totals"]["copies"] == 1
+    assert run["summary"]["totals"]["copies"] >= 1
     layers = [row for row in run["summary"]["rows"] if row["floor"] is not None]
     assert {row["counts"].get(kind, 0) for row in layers for kind in ("copies", "fills", "allocations")} == {0}

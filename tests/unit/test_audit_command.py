@@ -25,7 +25,7 @@ from taut.cli import UserError, audit
 from taut.cli.main import app
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 def refused(*arguments: str) -> str:
@@ -113,6 +113,20 @@ def test_a_report_of_an_earlier_release_lacks_fields(tmp_path: Path) -> None:
         del report["runs"][0]["summary"][field]
     file.write_text(json.dumps(report))
     assert CliRunner().invoke(app, ["audit", str(file)]).exit_code == 0
+
+
+def test_a_log_tells_how_far_each_engine_is(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no terminal shows it: and with --json nothing but the record goes to standard output."""
+
+    def run(request: Request, _: object, follow: Callable[[str], None]) -> Run:
+        follow("tracing")
+        return Run(request.asked, "vllm")
+
+    monkeypatch.setattr(audit, "run_engine", run)
+    arguments = ["audit", model, "--engine", "vllm", "--against", "stock", "--json"]
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.stderr.splitlines() == ["taut: tracing, after 0 s", "stock: tracing, after 0 s"]
+    assert [run["asked"] for run in json.loads(shown.stdout)["runs"]] == ["taut", "stock"]
 
 
 def test_what_is_no_report(tmp_path: Path) -> None:
