@@ -71,7 +71,7 @@ SGLANG := PYTHONPATH=tests/standins $(SGLANG_VENV)/bin/python
 sglang: $(SGLANG_VENV)/model.done
 	@echo "==> the SGLang adapter"
 	$(SGLANG) -m pytest -q tests/adapters/test_sglang_backend.py tests/adapters/test_sglang_mla.py \
-		tests/adapters/test_sglang_drafts.py
+		tests/adapters/test_sglang_drafts.py tests/adapters/test_sglang_compiled.py
 	@echo "==> SGLang's own attention kit, unedited, against our backend"
 	$(SGLANG) tests/conformance/sglang_kit.py
 	@echo "==> tests with SGLang's CPU engine"

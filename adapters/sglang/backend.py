@@ -259,14 +259,15 @@ class TautBackend(AttentionBackend):
     def _run_idle_steps(self) -> None:
         most = min(int(self.req_to_token_pool.size), MOST_IDLE_ROWS)
         kinds = {plan.problem: layer for (layer, queries), plan in self.plans.items() if queries == 1}
+        # Rows, and the most queries of one.
+        prompts = [] if self.ahead else [(1, longest) for longest in powers(self.max_tokens)] + [(most, 1)]
         for layer in kinds.values():
             contiguous = self.plans[layer, 1].problem.operation == "ragged_attention"
+            for rows, longest in prompts[:1] if contiguous else prompts:  # one kernel for whatever is promised
+                self._run_idle(layer, rows, 0, longest)
             for rows in powers(most) if not contiguous else ():
                 for queries in self.usual_queries:
                     self._run_idle(layer, rows, queries, queries)
-            for longest in powers(self.max_tokens) if not self.ahead else ():
-                if not contiguous or longest == self.max_tokens:
-                    self._run_idle(layer, 1, 0, longest)
 
     def _run_idle(self, layer: Any, rows: int, queries: int, longest: int) -> None:
         """One step of rows without keys through one layer.
