@@ -455,7 +455,10 @@ def attend(
     gl.store(out_rows[:, None] + columns[None, :], q_rows.load(wide), mask=wide_ours[:, None])
 
 
-@gluon.jit(do_not_specialize=["tokens", "rows", "packs", "together", "pages", "table_stride"])
+@gluon.jit(
+    do_not_specialize=["tokens", "rows", "packs", "together", "pages", "table_stride"],
+    do_not_specialize_on_alignment=["lengths"],  # a chunk's begin anywhere in a table of all chunks
+)
 def prefill_kernel(
     query: gl.tensor,  # [T, Hq, D]
     key: gl.tensor,  # [N, P, Hk, D] if gathered, else a descriptor of [N, Hk, P, D]; contiguous: of [1, Hk, K, D]

@@ -47,7 +47,10 @@ def place_of(program: tl.tensor, packs: tl.tensor, together: tl.tensor, blocks: 
     return first + place % beside, blocks - 1 - place // beside
 
 
-@triton.jit(do_not_specialize=["tokens", "rows", "packs", "together", "table_stride"])
+@triton.jit(
+    do_not_specialize=["tokens", "rows", "packs", "together", "table_stride"],
+    do_not_specialize_on_alignment=["lengths"],  # a chunk's begin anywhere in a table of all chunks
+)
 def prefill_kernel(
     query: tl.tensor,  # [T, Hq, D]
     key: tl.tensor,  # [N, P, Hk, D]; contiguous: [K, Hk, D]

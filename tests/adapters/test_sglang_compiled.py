@@ -147,9 +147,10 @@ def serve(ours: backend.TautBackend, found: tuple[Any, ...], forward: Any, kind:
         arguments = zeros(tokens, HEADS, NOPE + ROPE), zeros(keys, HEADS, NOPE + ROPE)
         value = zeros(keys, HEADS, NOPE + VALUE)[..., NOPE:]
         forward.mha_one_shot, forward.mha_return_lse = form == "one shot", form == "chunks"
-        forward.prefix_chunk_idx, forward.prefix_chunk_max_seq_lens = 0, [1000]
-        forward.prefix_chunk_cu_seq_lens = torch.zeros(1, forward.batch_size + 1, dtype=torch.int32)
-        for forward.attn_attend_prefix_cache in (False, True) if form == "chunks" else (False,):
+        forward.prefix_chunk_max_seq_lens = [1000] * 3
+        forward.prefix_chunk_cu_seq_lens = torch.zeros(3, forward.batch_size + 1, dtype=torch.int32)
+        for chunk in (None, 0, 1, 2) if form == "chunks" else (None,):
+            forward.attn_attend_prefix_cache, forward.prefix_chunk_idx = chunk is not None, chunk
             ours.forward(*arguments, value, found[1], forward, save_kv_cache=False)
     else:
         for attention in found:
