@@ -24,6 +24,7 @@ OF_SOME_RELEASES = (
     "metadata for CUDA graphs",
     "disable_piecewise_cuda_graph",
     "maybe_create_verify_mask",
+    "shared_read_ends",
 )
 # Hooks for backends that keep their metadata in a captured prefill, which ours does not ask for.
 NOT_ASKED_FOR = {
