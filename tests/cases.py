@@ -23,6 +23,7 @@ import torch
 
 from taut.common_kernels.paging import packed_cache_views, slot_cache_view
 from taut.common_kernels.problem import Problem
+from taut.common_kernels.schedule.reference import Item
 from taut.common_kernels.step import Mask, PageTable, Step
 
 if TYPE_CHECKING:
@@ -226,6 +227,19 @@ class Inputs:
         out = torch.full((*shape, self.value_size), math.nan, dtype=getattr(torch, self.case.dtype), device=self.device)
         return out, torch.full(shape, math.nan, dtype=torch.float32, device=self.device)
 
+    def workspace(self, kernels: Any, target: str) -> Any:
+        """A provider's workspace, prepared for the step, after another one of many items that were split."""
+        rows, most = self.step.rows, self.step.rows * self.step.max_query
+        workspace = kernels.workspace(self.case.problem(target), max(1, rows), max(1, self.tokens, most), self.device)
+        if hasattr(workspace, "schedule"):
+            partials, last = workspace.scratch.partials, max(0, len(workspace.scratch.partials) - 2)
+            earlier = Item(0, 0, queries=1, first_position=0, first_key=0, end_key=64, splits=2, first_partial=last)
+            workspace.schedule.items[:] = torch.tensor(earlier, dtype=torch.int32)
+            partials.fill_(math.nan)
+            workspace.scratch.lses.fill_(0.0)
+        workspace.prepare(self.step)
+        return workspace
+
     def run(self, kernels: Any, target: str = "cpu") -> tuple[Tensor, Tensor | None]:
         """Call a provider as an engine does: a workspace, its schedule, the operation. Output and LSE, on the CPU.
 
@@ -233,18 +247,12 @@ class Inputs:
             kernels: the provider's operations (`Kernels`).
             target: of the problem that its workspace is made for.
         """
-        workspace = kernels.workspace(
-            self.case.problem(target), max(1, self.step.rows), max(1, self.tokens), self.device
-        )
-        workspace.prepare(self.step)
+        workspace = self.workspace(kernels, target)
         return self.call(getattr(kernels, self.operation), workspace=workspace)
 
     def decode_in_place(self, kernels: Any) -> Tensor:
         """`mla_decode` with the first part of the query as its output, as an engine's adapter calls it."""
-        workspace = kernels.workspace(
-            self.case.problem("cpu"), max(1, self.step.rows), max(1, self.tokens), self.device
-        )
-        workspace.prepare(self.step)
+        workspace = self.workspace(kernels, "cpu")
         both = self.arguments[0].clone()
         kernels.mla_decode(both, *self.arguments[1:], both, **self.options, workspace=workspace)
         return both.cpu()

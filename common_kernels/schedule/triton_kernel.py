@@ -148,7 +148,7 @@ def _side_by_side(
     return tl.reshape(tl.join(even, odd), [field_0.shape[0], RECORD])
 
 
-@triton.jit(do_not_specialize=["rows", "parts"])
+@triton.jit(do_not_specialize=["rows", "parts", "looked_at"])
 def schedule_kernel(
     lengths: tl.tensor,
     query_starts: tl.tensor,
@@ -159,6 +159,7 @@ def schedule_kernel(
     item_parts: tl.tensor,  # [items] scratch: the part that it lies in
     rows: tl.tensor,
     parts: tl.tensor,
+    looked_at: tl.tensor,  # so many items are looked at, whatever the step has: those past its own are empty
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     LEFT: tl.constexpr,
@@ -226,7 +227,8 @@ def schedule_kernel(
 
     tiles_before = rows * 0
     partials_before = rows * 0
-    for start in range(0, item_count, CHUNK):
+    record_count = tl.maximum(item_count, looked_at)
+    for start in range(0, record_count, CHUNK):
         item = start + lanes
         here = item < item_count
         row, first_query, queries, first_position, first_key, end_key = _describe(
@@ -242,7 +244,7 @@ def schedule_kernel(
         tl.store(item_starts + item, item_start, mask=here)
         tl.store(item_parts + item, first_part, mask=here)
         record = _side_by_side(row, first_query, queries, first_position, first_key, end_key, splits, first_partial)
-        tl.store((items_out + item * RECORD)[:, None] + fields[None, :], record, mask=here[:, None])
+        tl.store((items_out + item * RECORD)[:, None] + fields[None, :], record, mask=(item < record_count)[:, None])
         tiles_before += tl.sum(tiles)
         partials_before += tl.sum(partials)
     tl.debug_barrier()  # the program's other threads read item_starts, item_parts and items_out
@@ -287,7 +289,8 @@ class DeviceSchedule:
         dependent: whether the device can start a kernel before the one ahead of it has ended (NVIDIA, sm_90+).
 
     Attributes:
-        items: [shape.max_items, 8] int32, see `reference.Item`; those past the step's own hold nothing.
+        items: [shape.max_items, 8] int32, see `reference.Item`. As many as `launch` returns are the step's own and
+            empty ones, where that is less than the parts; later ones may be an earlier step's.
         parts: [shape.parts, 16] int32: see `reference.Part`, and from the ninth number on the part's first item.
     """
 
@@ -332,6 +335,7 @@ class DeviceSchedule:
             self._item_parts,
             rows,
             shape.parts,
+            items if items < shape.parts else 0,  # then the merge looks at items, else at parts
             TILE=shape.tile,
             BLOCK=shape.block,
             LEFT=shape.left,

@@ -32,6 +32,7 @@ BATCHES: dict[str, dict[str, Any]] = {
         "indirect": True,
     },
     "strided": {"lengths": (1000, 0, 333), "queries": (4, 1, 2), "page_size": 1, "strided_query": True},
+    "fewer than promised": {"lengths": (900, 700, 40, 3000), "queries": (1, 3, 4, 1)},
     "level": {"lengths": (640,) * 64, "queries": (1,) * 64},
 }
 

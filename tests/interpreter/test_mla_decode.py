@@ -65,6 +65,14 @@ def test_head_counts_and_several_queries(forms: dict[str, Any], form: str, heads
     assert_close(inputs.run(forms[form]), inputs.expected(), case.dtype)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_fewer_queries_than_promised_after_a_step_of_more(forms: dict[str, Any], form: str) -> None:
+    """An item for each query, and the merge looks at as many as there could be: those of an earlier step are gone."""
+    case = MlaCase(lengths=(90, 70), queries=(1, 3), q_heads=16)
+    inputs = build_mla(case)
+    assert_close(inputs.run(forms[form]), inputs.expected(), case.dtype)
+
+
 @given(mla_cases(), st.sampled_from(tuple(FORMS)))
 @settings(max_examples=20)
 def test_the_output_may_be_the_query(forms: dict[str, Any], case: MlaCase, form: str) -> None:

@@ -49,12 +49,16 @@ def test_equals_its_twin(
         max(lengths, default=0),
     )
     device = DeviceSchedule(shape, len(rows), "cpu")
+    for table in (device.items, device.parts):
+        table.fill_(77)  # an earlier step's
     bound = device.launch(step)
     expected = schedule(shape, lengths, starts)
     assert len(expected.items) <= bound <= max_items
     assert [Part(*record[:5]) for record in device.parts.tolist()] == expected.parts
     items = [Item(*record) for record in device.items[: len(expected.items)].tolist()]
     assert [_meaning(item) for item in items] == [_meaning(item) for item in expected.items]
+    if bound < parts:  # then the merge looks at all of them
+        assert not device.items[len(expected.items) : bound, Item._fields.index("splits")].any()
     for part, record in zip(expected.parts, device.parts.tolist(), strict=True):
         first = items[part.first_item] if part.last_item >= 0 else Item(*[0] * 8)
         assert Item(*record[8:]) == first  # each part brings its first item along
