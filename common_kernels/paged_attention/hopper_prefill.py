@@ -456,7 +456,16 @@ def attend(
 
 
 @gluon.jit(
-    do_not_specialize=["tokens", "rows", "packs", "together", "pages", "table_stride"],
+    do_not_specialize=[
+        "tokens",
+        "rows",
+        "packs",
+        "together",
+        "pages",
+        "table_stride",
+        "lse_token_stride",
+        "lse_head_stride",
+    ],
     do_not_specialize_on_alignment=["lengths"],  # a chunk's begin anywhere in a table of all chunks
 )
 def prefill_kernel(

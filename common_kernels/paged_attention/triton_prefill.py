@@ -48,7 +48,7 @@ def place_of(program: tl.tensor, packs: tl.tensor, together: tl.tensor, blocks: 
 
 
 @triton.jit(
-    do_not_specialize=["tokens", "rows", "packs", "together", "table_stride"],
+    do_not_specialize=["tokens", "rows", "packs", "together", "table_stride", "lse_token_stride", "lse_head_stride"],
     do_not_specialize_on_alignment=["lengths"],  # a chunk's begin anywhere in a table of all chunks
 )
 def prefill_kernel(
