@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 AT_ONCE = 8
 
 
+def powers(most: int) -> list[int]:
+    """1, 2, 4, ... and `most`: numbers of rows or of queries that have every variant of the kernels up to `most`."""
+    return sorted({min(1 << power, most) for power in range(most.bit_length() + 1)})
+
+
 def compile_ahead(steps: Callable[[], None]) -> None:
     """Run `steps`, whose kernels are compiled side by side but not launched. Nothing runs where Triton cannot do that.
 

@@ -17,7 +17,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from taut.adapters.sglang import bridge, layers, selection
 from taut.adapters.sglang.steps import Batch, Steps, TautMetadata, batch_of, refuse_trees
-from taut.common_kernels.compiling import compile_ahead
+from taut.common_kernels.compiling import compile_ahead, powers
 from taut.common_kernels.providers import registry
 
 if TYPE_CHECKING:
@@ -614,11 +614,6 @@ class TautBackend(AttentionBackend):
             return given, given.view(tokens, problem.q_heads, problem.value_size)
         out = q.new_empty((tokens, width), dtype=dtype)
         return out, out.view(tokens, problem.q_heads, problem.value_size)
-
-
-def powers(most: int) -> list[int]:
-    """1, 2, 4, ... and `most`."""
-    return sorted({min(1 << power, most) for power in range(most.bit_length() + 1)})
 
 
 def most_tokens(arguments: Any) -> int:

@@ -33,7 +33,7 @@ from taut.adapters.vllm.shared import (
     serving_kernels,
     table_path,
 )
-from taut.common_kernels.compiling import compile_ahead
+from taut.common_kernels.compiling import compile_ahead, powers
 from taut.common_kernels.model import problems_of_model
 from taut.common_kernels.problem import Problem
 from taut.common_kernels.providers import registry
@@ -197,17 +197,14 @@ class TautMetadataBuilder(AttentionMetadataBuilder[TautMetadata]):
         scheduler, speculative = self.vllm_config.scheduler_config, self.vllm_config.speculative_config
         verified = 1 + ((speculative and speculative.num_speculative_tokens) or 0)
         promised = sorted({1, min(2, verified), verified, FEW_QUERIES, scheduler.max_num_batched_tokens})
-        most = scheduler.max_num_seqs
-        for rows in sorted({min(1 << power, most) for power in range(most.bit_length() + 1)}):
+        for rows in powers(scheduler.max_num_seqs):
             for max_query in promised:
                 self._run_idle(rows, max_query)
 
     def _run_idle(self, rows: int, max_query: int) -> None:
         """One step of rows without keys through one layer of each kind."""
         starts = torch.arange(rows + 1, dtype=torch.int32, device=self.device)
-        # As wide as vLLM's own table: kernels are compiled for what its stride is divisible by.
-        width = -(-self.vllm_config.model_config.max_model_len // self.page_size)
-        pages = torch.zeros(rows, width, dtype=torch.int32, device=self.device)
+        pages = torch.zeros(rows, 1, dtype=torch.int32, device=self.device)
         step = Step(starts, torch.zeros_like(starts[1:]), PageTable(pages, self.page_size), max_query, max_query)
         for workspace in self.workspaces.values():
             workspace.prepare(step)

@@ -38,7 +38,7 @@ from taut.adapters.vllm.shared import (
     serving_kernels,
     table_path,
 )
-from taut.common_kernels.compiling import compile_ahead
+from taut.common_kernels.compiling import compile_ahead, powers
 from taut.common_kernels.problem import Problem
 from taut.common_kernels.providers import registry
 from taut.common_kernels.step import Mask, PageTable, Step
@@ -255,8 +255,7 @@ class TautMLAMetadataBuilder(MLACommonMetadataBuilder[Any]):
 
         Decode runs over 1, 2, 4, ... rows without keys: kernels are compiled for the number of rows.
         """
-        most = self.vllm_config.scheduler_config.max_num_seqs
-        for rows in sorted({min(1 << power, most) for power in range(most.bit_length() + 1)}):
+        for rows in powers(self.vllm_config.scheduler_config.max_num_seqs):
             self._decode_idle(rows)
         self._prefill_idle()
 
@@ -265,10 +264,9 @@ class TautMLAMetadataBuilder(MLACommonMetadataBuilder[Any]):
         implementation, problem = self.layer.impl, self.layer.impl.problem
         rank, heads = problem.value_size, problem.q_heads
         dtype, cache_dtype = getattr(torch, problem.dtype), getattr(torch, problem.cache_dtype)
-        width = -(-self.model_config.max_model_len // (self.page_size * self.dcp_world_size))
         starts = torch.arange(rows + 1, dtype=torch.int32, device=self.device)
         decode = self._build_decode(
-            block_table_tensor=torch.zeros(rows, width, dtype=torch.int32, device=self.device),
+            block_table_tensor=torch.zeros(rows, 1, dtype=torch.int32, device=self.device),
             seq_lens_device=torch.zeros_like(starts[1:]),
             max_seq_len=1,
             query_start_loc_device=starts,

@@ -225,7 +225,7 @@ def merge_items(
     if shape.parts == 1:
         return  # nothing is ever split
     heads, value = out.shape[1:]
-    by_item = workspace.items < shape.parts
+    by_item = shape.merges_by_item(workspace.items)
     programs = workspace.items if by_item else shape.parts - 1
     chunk, together, columns = merge_sizes(shape.parts, workspace.items, value)
     merge_items_kernel[(triton.cdiv(value, columns), triton.cdiv(rows, together), programs)](

@@ -49,6 +49,10 @@ class ScheduleShape:
     spare: int = 0
     longest: int = 0
 
+    def merges_by_item(self, items: int) -> bool:
+        """Whether the merge of a step that can have so many items looks at each of them, and not at each part."""
+        return items < self.parts
+
 
 class Item(NamedTuple):
     """One work item; the fields stand in this order in the device's table.

@@ -335,7 +335,7 @@ class DeviceSchedule:
             self._item_parts,
             rows,
             shape.parts,
-            items if items < shape.parts else 0,  # then the merge looks at items, else at parts
+            items if shape.merges_by_item(items) else 0,
             TILE=shape.tile,
             BLOCK=shape.block,
             LEFT=shape.left,

@@ -13,7 +13,7 @@ from taut.common_kernels.step import PageTable, Step
 if TYPE_CHECKING:
     from torch import Tensor
 
-# The width of a table is its stride, and kernels are compiled for strides that are multiples of this and for others.
+# The width of a table is its stride: a provider's kernels may be compiled for what it is divisible by. Ours are not.
 WIDTHS = 16
 
 

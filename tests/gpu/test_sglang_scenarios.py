@@ -12,9 +12,7 @@ import torch
 pytest.importorskip("sglang", reason="needs SGLang beside a GPU")
 pytest.importorskip("transformers")
 
-from integration.engine import MODEL
-
-from gpu.vllm_runs import Asked, Scale, Verdict, figures, judge, made_up
+from gpu.vllm_runs import Asked, Scale, Verdict, figures, judge, model_of
 from taut.benchmarks.models import MODELS
 from taut.cli.demo import EngineFailedError, Run, run_engine
 
@@ -91,12 +89,7 @@ def runs_of(name: str, model: Path) -> dict[str, Asked]:
 def verdicts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Verdict]:
     """All runs of one model, judged."""
     name = request.param
-    if name == "smollm2":
-        if not (MODEL / "config.json").exists():
-            pytest.skip("needs the small real model: make model")
-        model = MODEL
-    else:
-        model = made_up(tmp_path_factory.mktemp(name), MODELS[name])
+    model = model_of(name, tmp_path_factory.mktemp(name))
     found = judge(model, runs_of(name, model), SCALE, tmp_path_factory.mktemp("runs"), run)
     print(name, figures(found))  # noqa: T201 - for whoever runs this with -s
     return found

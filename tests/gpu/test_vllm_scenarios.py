@@ -11,10 +11,7 @@ import torch
 pytest.importorskip("vllm", reason="needs vLLM beside a GPU")
 pytest.importorskip("transformers")
 
-from integration.engine import MODEL
-
-from gpu.vllm_runs import Asked, Scale, Verdict, figures, judge, made_up
-from taut.benchmarks.models import MODELS
+from gpu.vllm_runs import Asked, Scale, Verdict, figures, judge, model_of
 
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 COMPILED = re.compile(r"during inference: (\S+?)[.( ]")
@@ -43,12 +40,7 @@ STRICT = Asked("on", environment={"VLLM_GPU_SYNC_CHECK": "error"}, score=False)
 def verdicts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Verdict]:
     """All runs of one model, judged."""
     name = request.param
-    if name == "smollm2":
-        if not (MODEL / "config.json").exists():
-            pytest.skip("needs the small real model: make model")
-        model = MODEL
-    else:
-        model = made_up(tmp_path_factory.mktemp(name), MODELS[name])
+    model = model_of(name, tmp_path_factory.mktemp(name))
     fp8 = {"kv_cache_dtype": "fp8"}
     asked = {  # the first ones side by side: one of ours compiles what the others then find compiled
         "taut": Asked("on"),

@@ -20,6 +20,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import pytest
+from integration.engine import MODEL
+
+from taut.benchmarks.models import MODELS
 from taut.cli.demo import EngineFailedError, Run, run_engine
 
 if TYPE_CHECKING:
@@ -58,6 +62,15 @@ class Scale:
         lengths = [numbers.randrange(1, self.longest - self.shared) for _ in range(self.requests)]
         prompts = [[numbers.randrange(5, self.vocabulary) for _ in range(length)] for length in lengths]
         return [beginning + prompt if i % 3 == 0 else prompt for i, prompt in enumerate(prompts)]
+
+
+def model_of(name: str, folder: Path) -> Path:
+    """The small real model, or one of a shape that everything is measured with, made up in a folder."""
+    if name != "smollm2":
+        return made_up(folder, MODELS[name])
+    if not (MODEL / "config.json").exists():
+        pytest.skip("needs the small real model: make model")
+    return MODEL
 
 
 def made_up(folder: Path, shape: dict[str, Any]) -> Path:
