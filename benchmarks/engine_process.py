@@ -91,7 +91,17 @@ def main(asked: Path, answered: Path) -> None:
                 raise RuntimeError(f"asked for {tokens_out} tokens, got {sorted({len(mine) for mine in times})}")
             runs.append({"seconds": max(mine[-1] for mine in times), "times": times})
         answer.append(runs)
+    say_memory()
     answered.write_text(json.dumps(answer))
+
+
+def say_memory() -> None:
+    """Say what is taken of the GPU by now: an engine makes buffers after it has sized its cache, too."""
+    import torch
+
+    if torch.cuda.is_available():
+        free, there = torch.cuda.mem_get_info()
+        print(f"GPU memory in use: {(there - free) / 2**30:.2f} GiB", flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":  # an engine that spawns its processes imports this module again

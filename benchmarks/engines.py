@@ -33,9 +33,9 @@ LOADS = ("8x512/256", "1x30000/64")
 ON_A_CPU = ("2x64/16",)
 STOCK = "stock"
 ENGINES = ("vllm", "sglang")
-KV_CACHE = re.compile(  # and what the graphs took, which vLLM measures after it has sized the cache
+KV_CACHE = re.compile(  # and what the graphs and all else took, which is measured after the cache has been sized
     r"GPU KV cache size: [\d,]+ tokens|Available KV cache memory: [\d.]+ GiB|max_total_num_tokens=\d+"
-    r"|Graph capturing finished in \d+ secs, took -?[\d.]+ GiB"
+    r"|Graph capturing finished in \d+ secs, took -?[\d.]+ GiB|GPU memory in use: [\d.]+ GiB"
 )
 SERVES = re.compile(r"taut .* serves .* attention in .*")
 WHERE = re.compile(r"taut bench: (.*)")

@@ -115,9 +115,10 @@ def render_engines(results: EngineResults) -> Group:
 
 
 def engine_tables(rows: Sequence[EngineRow]) -> list[Group]:
-    """Throughput, and latencies in milliseconds, of the median run that counts."""
+    """Throughput, latencies in milliseconds of the median run that counts, and what was said of memory."""
     tables = []
     for engine, model in dict.fromkeys((row.engine, row.model) for row in rows):
+        of_model = [row for row in rows if (row.engine, row.model) == (engine, model)]
         lines = [
             (
                 load.name,
@@ -127,9 +128,8 @@ def engine_tables(rows: Sequence[EngineRow]) -> list[Group]:
                 *_spread(load.counted.first_token_ms),
                 *_spread(load.counted.between_tokens_ms),
             )
-            for row in rows
+            for row in of_model
             for load in row.loads
-            if (row.engine, row.model) == (engine, model)
         ]
         lines.sort(key=lambda line: line[0])
         headings = (
@@ -138,7 +138,8 @@ def engine_tables(rows: Sequence[EngineRow]) -> list[Group]:
         cells = [
             [c if isinstance(c, Text) else Text(c) for c in column] for column in zip(headings, *lines, strict=True)
         ]
-        tables.append(numbers_table(f"{engine}, {model}", cells, left=2))
+        memory = [Text(f"{row.backend}: {', '.join(row.kv_cache)}") for row in of_model if row.kv_cache]
+        tables.append(Group(numbers_table(f"{engine}, {model}", cells, left=2), *memory))
     return tables
 
 

@@ -1,4 +1,8 @@
-"""SGLang on a GPU through our attention, everything at once, judged by its own `triton` (see `vllm_runs`)."""
+"""SGLang on a GPU through our attention, everything at once, judged by its own `triton` (see `vllm_runs`).
+
+What runs say of prompts is held against a model in float32 (see `float32`): `triton` gives a row nearly the same
+numbers whatever batch it is in, so that how far it lies from itself is no measure of another right kernel.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ import torch
 pytest.importorskip("sglang", reason="needs SGLang beside a GPU")
 pytest.importorskip("transformers")
 
+from gpu.float32 import Prompts, distance, log_probabilities, scored
 from gpu.vllm_runs import Asked, Scale, Verdict, figures, judge, model_of
 from taut.benchmarks.models import MODELS
 from taut.cli.demo import EngineFailedError, Run, run_engine
@@ -86,10 +91,25 @@ def runs_of(name: str, model: Path) -> dict[str, Asked]:
 
 
 @pytest.fixture(scope="module", params=["smollm2", "llama", "deepseek"])
-def verdicts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Verdict]:
-    """All runs of one model, judged."""
-    name = request.param
-    model = model_of(name, tmp_path_factory.mktemp(name))
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its folder, of its name."""
+    return model_of(request.param, tmp_path_factory.mktemp("models") / request.param)
+
+
+@pytest.fixture(scope="module")
+def exact(model: Path) -> dict[str, Prompts]:
+    """What a model in float32 says of the prompts, and one whose cache is of fp8."""
+    prompts = SCALE.prompts()[: SCALE.judged]
+    return {
+        "exact": log_probabilities(model, prompts),
+        "fp8": log_probabilities(model, prompts, torch.float8_e4m3fn),
+    }
+
+
+@pytest.fixture(scope="module")
+def verdicts(model: Path, exact: dict[str, Prompts], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Verdict]:
+    """All runs of one model, judged, when the GPU is free of the one in float32."""
+    name = next(name for name in ("smollm2", *MODELS) if name in model.name.lower())
     found = judge(model, runs_of(name, model), SCALE, tmp_path_factory.mktemp("runs"), run)
     print(name, figures(found))  # noqa: T201 - for whoever runs this with -s
     return found
@@ -109,12 +129,23 @@ def test_everything_happened(verdicts: dict[str, Verdict]) -> None:
         assert [len(tokens) for tokens in result["token_ids"]] == [SCALE.tokens] * SCALE.requests, name
 
 
-def test_prompts_as_near_as_a_narrower_cache(verdicts: dict[str, Verdict]) -> None:
-    """The judge is the stock run once more: what it differs from itself by is the noise of other batches."""
-    for name, verdict in verdicts.items():
-        if name.startswith("taut") and verdict.prefill == verdict.prefill:
-            stock = verdicts["stock, fp8" if "fp8" in name else "stock"].prefill
-            assert verdict.prefill <= 1.5 * stock + 5e-3, name
+def test_prompts_as_near_to_float32_as_triton(verdicts: dict[str, Verdict], exact: dict[str, Prompts]) -> None:
+    """Where the cache is of fp8 we attend to what it holds, as vLLM does; `triton` to a prompt's own keys in bfloat16.
+
+    There ours are held against a model whose cache is rounded, and what else they differ by against the rounding.
+    """
+    rounding = distance(exact["fp8"], exact["exact"])
+    off = {
+        name: {kind: distance(scored(verdict.run, SCALE.judged), numbers) for kind, numbers in exact.items()}
+        for name, verdict in verdicts.items()
+        if verdict.prefill == verdict.prefill
+    }
+    print(f"rounding {rounding:.4f}", off)  # noqa: T201 - for whoever runs this with -s
+    for name, by in off.items():
+        if name.startswith("taut") and "fp8" in name:
+            assert by["fp8"] <= 0.5 * rounding + 1e-2, name
+        elif name.startswith("taut"):
+            assert by["exact"] <= 1.2 * off["stock"]["exact"] + 1e-3, name
 
 
 def test_generated_tokens_as_near_as_stock(verdicts: dict[str, Verdict]) -> None:
