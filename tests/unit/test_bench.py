@@ -463,6 +463,9 @@ def test_a_dry_run_needs_no_torch() -> None:
         (("engines", "vllm", "llama", "taut", "taut"), "--rounds 2"),
         (("engines", "vllm", "llama", "--options", "[1]"), "must be a JSON object"),
         (("engines", "vllm", "llama", "--options", "{"), "is not JSON"),
+        (("all", "results", "--engine", "vlm"), "there are vllm, sglang"),
+        (("all", "results", "--engine", "sglang"), "is not installed here"),
+        (("all", "results"), "finds none here"),
     ],
 )
 def test_a_users_mistake_is_one_line(
@@ -484,10 +487,72 @@ def test_a_users_mistake_is_one_line(
 
 
 def test_every_command_has_an_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("kernels", "engines", "show", "compare", "plot"):
+    for name in ("kernels", "engines", "all", "show", "compare", "plot"):
         status, out, _ = stopped(monkeypatch, capsys, "bench", name, "--help")
         assert status == 0
         assert f"taut bench {name}" in " ".join(out.split())
+
+
+# Everything
+
+
+def test_everything_is_what_is_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backends and the loads of the files that come with the package are among those that one command measures."""
+    from taut.benchmarks import published
+
+    monkeypatch.setattr(published, "find_spec", lambda _name: True)
+    asked = {part.name: part.arguments for part in published.parts([], 3, 1)}
+    assert list(asked)[-1] == "kernels"
+    for file in PACKAGED.glob("*.json"):
+        results = read(file)
+        if isinstance(results, EngineResults):
+            (where,) = {(one.engine, one.model) for one in results.rows}
+            assert {one.backend for one in results.rows} <= set(asked["_".join(where)])
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_everything_goes_on_where_it_was(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, interrupted: bool
+) -> None:
+    """One part is there already, one fails, and the rest are measured all the same."""
+    from taut.benchmarks import published
+
+    monkeypatch.setattr(published, "find_spec", lambda name: True if name == "vllm" else None)
+    monkeypatch.setattr("taut.cli.bench._on_gpu", lambda: True)
+    measured = []
+
+    def measure(part: published.Part, folder: Path) -> int:
+        measured.append(part.name)
+        if interrupted:
+            raise KeyboardInterrupt
+        return int(part.name == "vllm_deepseek")
+
+    monkeypatch.setattr(published, "measure", measure)
+    (tmp_path / "vllm_llama.json").write_text("{}")
+    status, out, err = stopped(monkeypatch, capsys, "bench", "all", str(tmp_path))
+    assert out == ""
+    if interrupted:
+        assert (status, measured) == (130, ["vllm_deepseek"])
+    else:
+        assert (status, measured) == (1, ["vllm_deepseek", "kernels"])
+        assert "vllm_llama.json is there already" in err
+        assert "failed: vllm_deepseek" in err
+
+
+def test_an_interruption_reaches_what_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from taut.benchmarks import published
+
+    mark = f"taut-test-{os.getpid()}-all"
+    waits = "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler); print(flush=True); "
+    monkeypatch.setattr(published, "TAUT", f"{waits} time.sleep(60)")
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1)
+        with pytest.raises(KeyboardInterrupt):
+            published.measure(published.Part(mark, ()), tmp_path)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert alive(mark) == []
 
 
 # Engines
