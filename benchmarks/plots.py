@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from taut.benchmarks.results import About, Results, Row
+    from taut.benchmarks.results import Results, Row
 
 OUR_COLOURS = ("#c2410c", "#f59e0b", "#7f1d1d")  # of our providers, where there are several
 PEER_COLOURS = ("#1d4ed8", "#0f766e", "#7c3aed", "#64748b", "#a16207", "#be185d")  # told apart in grey too
@@ -108,9 +108,12 @@ def _colours(names: Sequence[str]) -> dict[str, str]:
     return colours
 
 
-def _title(about: About, what: str) -> str:
-    packages = ", ".join(f"{name} {release}" for name, release in about.packages.items() if name != "taut-attention")
-    return f"{what}: {about.gpu}, {packages}, {about.date}"
+def _title(results: Sequence[KernelResults] | Sequence[EngineResults], what: str) -> str:
+    """What is drawn, where it was measured, with which releases and when; the files are of one GPU."""
+    releases = dict.fromkeys(found for one in results for found in one.about.packages.items())
+    packages = ", ".join(f"{name} {release}" for name, release in releases if name != "taut-attention")
+    dates = ", ".join(sorted({one.about.date for one in results}))
+    return f"{what}: {results[0].about.gpu}, {packages}, {dates}"
 
 
 def roofline(kernels: Sequence[KernelResults]) -> Figure | None:
@@ -150,7 +153,7 @@ def roofline(kernels: Sequence[KernelResults]) -> Figure | None:
     for i, operation in enumerate(operations):
         axes.plot([], [], marker=MARKERS[i % len(MARKERS)], linestyle="", color="black", label=operation)
     axes.set(xscale="log", yscale="log", xlabel="products and sums per byte", ylabel="TFLOP/s")
-    axes.set_title(_title(kernels[0].about, "Roofline"), loc="left")
+    axes.set_title(_title(kernels, "Roofline"), loc="left")
     axes.legend(loc="lower right", fontsize=8, ncols=2)
     return figure
 
@@ -189,7 +192,7 @@ def latency(kernels: Sequence[KernelResults]) -> Figure | None:
         if place % columns == 0:
             axes.set_ylabel("microseconds")
         axes.legend(fontsize=7)
-    figure.suptitle(_title(kernels[0].about, "Latency over context"), x=0.01, ha="left", fontsize=9)
+    figure.suptitle(_title(kernels, "Latency over context"), x=0.01, ha="left", fontsize=9)
     return figure
 
 
@@ -216,7 +219,7 @@ def speed_up(kernels: Sequence[KernelResults]) -> Figure | None:
         axes.set_title(operation, loc="left")
     axes.set_xlabel("times as fast as the peer (above 1: taut is faster)")
     what = "taut beside each peer" if len(mine) < 2 else f"the faster of {' and '.join(mine)} beside each peer"
-    figure.suptitle(_title(kernels[0].about, what), x=0.01, ha="left", fontsize=9)
+    figure.suptitle(_title(kernels, what), x=0.01, ha="left", fontsize=9)
     return figure
 
 
@@ -266,7 +269,7 @@ def throughput(engines: Sequence[EngineResults]) -> Figure | None:
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("tokens/s")
         axes.set_title(f"{engine}, {model}, {name}", loc="left")
-    figure.suptitle(_title(engines[0].about, "Whole engines"), x=0.01, ha="left", fontsize=9)
+    figure.suptitle(_title(engines, "Whole engines"), x=0.01, ha="left", fontsize=9)
     return figure
 
 
