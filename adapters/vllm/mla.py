@@ -460,6 +460,7 @@ class TautMLAImplementation(MLACommonImpl[Any]):
         parts = q.new_empty(2, *out.shape)
         lses = q.new_empty(2, *out.shape[:2], dtype=torch.float32)
         self._attend(q, key, value, starts, starts, CAUSAL, parts[0], lses[0], longest, longest)
+        del key, value  # large: the keys of a chunk take the memory of those before
         for chunk in chunks:
             last = chunk is chunks[-1]
             rows = slice(None) if last else chunk.tokens
@@ -479,6 +480,7 @@ class TautMLAImplementation(MLACommonImpl[Any]):
                 chunk.max_query,
                 chunk.max_length,
             )
+            del key, value
             self.prefill_kernels.merge(
                 parts[:, rows],
                 lses[:, rows],

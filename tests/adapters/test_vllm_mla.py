@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -271,6 +272,28 @@ def test_a_prefill_without_context_writes_into_the_engines_output(monkeypatch: p
     assert sorted(seen.names) == sorted(
         ["aten.mm.default", "aten.empty.memory_format", "aten.copy_.default", "aten.copy_.default"]
     )
+
+
+def test_keys_of_one_part_of_a_prefill_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is multiplied out is many times the cache it is made of: the keys before are let go first."""
+    layer = Layer()
+    made, common = implementation(layer), batch([64, 80], [32, 3])
+    metadata = builder(made, monkeypatch, workspace=32).build(0, common)
+    vectors, cache = stored(made, layer, common)
+    before: list[weakref.ref[torch.Tensor]] = []
+    multiplied_out = made._multiplied_out
+
+    def watched(latent: torch.Tensor, rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert [alive() for alive in before] == [None] * len(before)
+        key, value = multiplied_out(latent, rope)
+        before.extend([weakref.ref(key), weakref.ref(value)])
+        return key, value
+
+    monkeypatch.setattr(made, "_multiplied_out", watched)
+    new, query = vectors[:35], torch.randn(35, HEADS, NOPE + ROPE)
+    output = torch.empty(35, HEADS * VALUE)
+    made.forward_mha(query, new[:, :RANK], new[:, None, RANK:], cache, metadata, layer._k_scale, output=output)
+    assert len(before) > 4
 
 
 def test_the_table_that_the_user_named_reaches_the_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
