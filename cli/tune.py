@@ -27,11 +27,10 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from taut.benchmarks.tuning.journal import Journal
-    from taut.benchmarks.tuning.search import Found, Outcome
+    from taut.benchmarks.tuning.search import Found, Outcome, Timer
     from taut.common_kernels.problem import Problem
     from taut.common_kernels.tiles import Tile, TileTable
 
-    Timer = Callable[[Sequence[Tile], Sequence[float] | None], Iterator[Outcome]]
 
 SCHEMA = 1  # of the JSON; it rises when a key goes or changes its meaning
 MOST = 80
@@ -255,7 +254,7 @@ class Tuning:
         Raises:
             BenchmarkError: today's tile of one cannot be measured.
         """
-        from taut.benchmarks.tuning.search import SearchError, search
+        from taut.benchmarks.tuning.search import SearchError, search, settle
         from taut.benchmarks.tuning.space import space_of
 
         if len(self.journal):
@@ -266,20 +265,26 @@ class Tuning:
                 words = f"{number + 1} of {len(self.asked)}, {question.name}"
                 task = bar.add_task(words, total=self.most)
                 start = self.base.tile(question.table_operation, question.facts)
-                timer = self.journal.kept(question.name, timer_of(question))
+                timer = timer_of(question)
+                kept = self.journal.kept(question.name, timer)
 
                 def counted(
-                    tiles: Sequence[Tile], limits: Sequence[float] | None, timer: Timer = timer, task: TaskID = task
+                    tiles: Sequence[Tile], limits: Sequence[float] | None, kept: Timer = kept, task: TaskID = task
                 ) -> Iterator[Outcome]:
-                    for one in timer(tiles, limits):
+                    for one in kept(tiles, limits):
                         bar.advance(task)
                         yield one
 
+                def again(turn: int, question: Tuned = question, timer: Timer = timer) -> Timer:
+                    return self.journal.kept(f"{question.name}, again, {turn}", timer)
+
                 space = space_of(question.table_operation)
                 try:
-                    found.append(search(space, question.given, start, counted, self.most))
+                    best = search(space, question.given, start, counted, self.most)
                 except SearchError as error:
                     raise BenchmarkError(f"{question.name}: {error}") from None
+                bar.update(task, description=f"{words}: once more")
+                found.append(settle(best, again))
                 bar.update(task, visible=False)
         return found
 

@@ -6,23 +6,31 @@ neighbour is better.
 
 A tile is only chosen if it is slower than today's on no shape at all. So a timer may give a tile up at the first shape
 where it is slower, and most tiles cost one short measurement.
+
+The best of many times is often only the luckiest. So what the search found is measured again, in turn with today's
+tile, and these times decide.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from statistics import geometric_mean
+from dataclasses import dataclass, field, replace
+from statistics import geometric_mean, median
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from taut.benchmarks.tuning.space import Space
     from taut.common_kernels.tiles import Tile
 
+    # From tiles, and the most microseconds on each shape (None: no bound), to their outcomes, in order, one by one.
+    Timer = Callable[[Sequence[Tile], Sequence[float] | None], Iterator["Outcome"]]
+
 Status = Literal["timed", "slower", "wrong", "does not fit", "failed"]
 SLOWER = 0.01  # by this share a tile may be slower on a shape: what two runs of one tile differ by
 GAIN = 0.005  # a tile that is better by less is not better
+FINALISTS = 3  # tiles that are measured again, one after another, until one is better once more
+TURNS = 3  # of such a tile and today's
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,7 @@ class Found:
         after: what that takes.
         counts: how many tiles ended how.
         complete: whether no neighbour of the best is better; False where the search was cut short.
+        finalists: what was better than today's, the best first.
     """
 
     start: Tile
@@ -60,6 +69,7 @@ class Found:
     after: Outcome
     counts: dict[str, int] = field(default_factory=dict)
     complete: bool = True
+    finalists: tuple[Tile, ...] = ()
 
     @property
     def gain(self) -> float:
@@ -83,7 +93,7 @@ def search(
     space: Space,
     given: Mapping[str, int],
     start: Tile,
-    measure: Callable[[Sequence[Tile], Sequence[float] | None], Iterator[Outcome]],
+    measure: Timer,
     most: int = 100,
 ) -> Found:
     """The best tile that can be reached from `start`.
@@ -92,8 +102,7 @@ def search(
         space: the tiles.
         given: of the question.
         start: today's tile.
-        measure: the timer: from tiles, and the most microseconds on each shape (None: no bound), to their outcomes, in
-            order, one by one.
+        measure: the timer.
         most: tiles to measure; the search is cut short there.
 
     Raises:
@@ -143,7 +152,34 @@ def search(
     counts: dict[str, int] = {}
     for outcome in seen.values():
         counts[outcome.status] = counts.get(outcome.status, 0) + 1
-    return Found(start, before, best, seen[_key(best)], counts, complete)
+    ranked = sorted((tile for tile in tiles.values() if value(tile) < 1 - GAIN), key=value)
+    return Found(start, before, best, seen[_key(best)], counts, complete, tuple(ranked[:FINALISTS]))
+
+
+def settle(found: Found, fresh: Callable[[int], Timer]) -> Found:
+    """The choice once more, by times that no tile was chosen by: the first finalist that is better than today's again.
+
+    Args:
+        found: what a search found.
+        fresh: from a number to a timer whose answers are its own.
+
+    Returns:
+        The same with the times that decided, the median of a few turns on each shape; today's tile if none is better.
+    """
+    for place, tile in enumerate(found.finalists):
+        timers = (fresh(place * TURNS + turn) for turn in range(TURNS))
+        before, after = zip(*(tuple(timer([found.start, tile], None)) for timer in timers), strict=True)
+        usual, its = _median(before), _median(after)
+        if score(its, usual) < 1 - GAIN:
+            return replace(found, before=usual, best=tile, after=its)
+    return replace(found, best=found.start, after=found.before)
+
+
+def _median(outcomes: Iterable[Outcome]) -> Outcome:
+    """The median time on each shape; an outcome without times, if there is one."""
+    outcomes = list(outcomes)
+    bad = next((one for one in outcomes if one.status != "timed"), None)
+    return bad or Outcome("timed", tuple(median(times) for times in zip(*(one.us for one in outcomes), strict=True)))
 
 
 def _key(tile: Tile) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from taut.benchmarks import BenchmarkError
 from taut.benchmarks.models import MODELS
 from taut.benchmarks.tuning.journal import Journal
 from taut.benchmarks.tuning.problems import questions
-from taut.benchmarks.tuning.search import SLOWER, Outcome, SearchError, score, search
+from taut.benchmarks.tuning.search import SLOWER, Found, Outcome, SearchError, score, search, settle
 from taut.benchmarks.tuning.space import SPACES, Space, space_of
 from taut.benchmarks.tuning.writing import as_json, tuned_table
 from taut.cli import main, tune
@@ -297,18 +297,64 @@ def test_todays_tile_must_work() -> None:
         search(SMALL, {}, TILES[0], Broken(lambda _tile: [1.0]))
 
 
+# The choice once more
+
+
+def found_by_luck(lucky: dict[int, float], *finalists: int) -> Found:
+    """What a search found whose times of some tiles were too good; all others take 10 us."""
+    found = search(SMALL, {}, TILES[0], Timer(lambda tile: [lucky.get(TILES.index(dict(tile)), 10.0), 10.0]))
+    assert [TILES.index(dict(tile)) for tile in found.finalists] == list(finalists)
+    return found
+
+
+def test_what_was_only_lucky_is_not_chosen() -> None:
+    first, second = (TILES.index(dict(tile)) for tile in SMALL.neighbours(TILES[0], {})[:2])
+    found = found_by_luck({first: 8.0, second: 9.0}, first, second)
+    assert found.best == TILES[first]
+    all_alike = settle(found, lambda _turn: Timer(lambda _tile: [10.0, 10.0]))
+    assert (all_alike.best, all_alike.gain) == (TILES[0], 1.0)
+    second_is_better = settle(found, lambda _turn: Timer(lambda tile: [9.0 if tile == TILES[second] else 10.0, 10.0]))
+    assert (second_is_better.best, second_is_better.after.us) == (TILES[second], (9.0, 10.0))
+    slower_on_one = settle(found, lambda _turn: Timer(lambda tile: [8.0, 10.0 if tile == TILES[0] else 10.2]))
+    assert slower_on_one.best == TILES[0]
+
+
+def test_the_median_of_the_turns_decides() -> None:
+    first = TILES.index(dict(SMALL.neighbours(TILES[0], {})[0]))
+    found = found_by_luck({first: 8.0}, first)
+    numbers = iter([[9.0, 10.0], [30.0, 10.0], [9.1, 10.0]])
+
+    def fresh(_turn: int) -> Timer:
+        mine = next(numbers)
+        return Timer(lambda tile: mine if tile == TILES[first] else [10.0, 10.0])
+
+    settled = settle(found, fresh)
+    assert (settled.best, settled.before.us, settled.after.us) == (TILES[first], (10.0, 10.0), (9.1, 10.0))
+
+
+@given(landscapes, st.sampled_from(TILES))
+def test_without_noise_the_choice_is_that_of_the_search(numbers: list[tuple[float, float]], start: Tile) -> None:
+    found = search(SMALL, {}, start, Timer(rugged(numbers)))
+    settled = settle(found, lambda _turn: Timer(rugged(numbers)))
+    assert score(settled.after, settled.before) <= score(found.after, found.before)
+    assert settled.before == found.before
+
+
 # The journal
 
 
 def journalled(path: Path, timer: Timer) -> Any:
-    return search(SMALL, {}, TILES[0], Journal(path, {"gpu": "it"}).kept("question", timer))
+    journal = Journal(path, {"gpu": "it"})
+    found = search(SMALL, {}, TILES[0], journal.kept("question", timer))
+    return settle(found, lambda turn: journal.kept(f"again, {turn}", timer))
 
 
 @settings(max_examples=40, deadline=None)
 @given(landscapes, st.lists(st.integers(0, 12), max_size=4), st.integers(0, 10**6))
 def test_interrupted_anywhere_it_ends_the_same(numbers: list[tuple[float, float]], stops: list[int], torn: int) -> None:
     """Any number of interruptions, each after some tiles, the file cut off anywhere: the same end, nothing twice."""
-    whole = search(SMALL, {}, TILES[0], Timer(rugged(numbers)))
+    in_one_go = Timer(rugged(numbers))
+    whole = settle(search(SMALL, {}, TILES[0], in_one_go), lambda _turn: in_one_go)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "journal")
         for stop in stops:
@@ -319,7 +365,7 @@ def test_interrupted_anywhere_it_ends_the_same(numbers: list[tuple[float, float]
         lines = path.read_bytes().count(b"\n") if path.exists() else 0
         last = Timer(rugged(numbers))
         assert journalled(path, last) == whole
-        assert len(last.asked) == sum(whole.counts.values()) - max(0, lines - 1)
+        assert len(last.asked) == len(in_one_go.asked) - max(0, lines - 1)
         again = Timer(rugged(numbers))
         assert journalled(path, again) == whole
         assert again.asked == []
