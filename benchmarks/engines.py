@@ -157,16 +157,27 @@ def run(plan: Plan, say: Callable[[str], None] = lambda _: None) -> Iterator[Eng
     """Every backend's row so far, after each of its processes; the last of each backend is whole.
 
     Raises:
-        EngineFailedError: a process ended without a result, or was not served by taut when it should have been.
+        EngineFailedError: a process ended without a result, or was not served by taut when it should have been. Raised
+            when the other backends have been measured.
     """
     rows: dict[str, EngineRow] = {}
+    failed: dict[str, EngineFailedError] = {}
     for number in range(plan.rounds):
         for backend in plan.backends:
+            if backend in failed:
+                continue
             words = f"{plan.engine} {plan.model.name} {backend}"
             words += f", round {number + 1} of {plan.rounds}" if plan.rounds > 1 else ""
-            row = _process(plan, backend, lambda where, words=words: say(f"{words}: {where}"))  # type: ignore[misc]
+            try:
+                row = _process(plan, backend, lambda where, words=words: say(f"{words}: {where}"))  # type: ignore[misc]
+            except EngineFailedError as error:
+                failed[backend] = error
+                continue
             rows[backend] = _joined(rows[backend], row) if backend in rows else row
             yield rows[backend]
+    if failed:
+        logs = "\n".join(f"{backend}:\n{error.log}" for backend, error in failed.items())
+        raise EngineFailedError("; ".join(map(str, failed.values())), logs)
 
 
 def _joined(before: EngineRow, after: EngineRow) -> EngineRow:

@@ -185,7 +185,8 @@ def engines(
     Examples: taut bench engines vllm llama | taut bench engines sglang FOLDER triton taut --load 4x1000/100 |
     taut bench engines vllm deepseek FLASH_ATTN_MLA TRITON_MLA taut --rounds 3 -o deepseek.json
 
-    On a machine without a GPU the engines for CPUs are used, with a tiny load unless another is asked for.
+    On a machine without a GPU the engines for CPUs are used, with a tiny load unless another is asked for. Where a
+    backend fails the others are measured all the same, and kept.
     """
     from taut.benchmarks.engines import LOADS, ON_A_CPU, EngineFailedError, Plan, parse_load, run
     from taut.benchmarks.models import model_named
@@ -201,6 +202,7 @@ def engines(
     )  # fmt: skip
     said = Console(stderr=True)
     rows = {}
+    failure = None
     try:
         with said.status("starting") as status:
             for row in run(plan, lambda words: status.update(words)):
@@ -208,10 +210,13 @@ def engines(
                 said.print(*engine_tables([row]))
     except EngineFailedError as error:
         typer.echo(error.log, err=True)
-        raise
-    from taut.benchmarks.timing import about
+        failure = error
+    if rows:
+        from taut.benchmarks.timing import about
 
-    _keep_and_show(EngineResults(about=about(), rows=list(rows.values())), output, as_data=as_data)
+        _keep_and_show(EngineResults(about=about(), rows=list(rows.values())), output, as_data=as_data)
+    if failure:
+        raise failure
 
 
 def _on_gpu() -> bool:

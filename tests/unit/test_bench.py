@@ -590,6 +590,35 @@ def test_what_an_engine_answers() -> None:
     assert load.tokens_per_second == pytest.approx(6 / 1.4)
 
 
+def test_one_that_fails_costs_no_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Its log is shown and it is named at the end; what the others took is kept, of every round."""
+    from taut.benchmarks import engines as module
+
+    monkeypatch.setattr(module, "find_spec", lambda _name: True)
+    monkeypatch.setattr("taut.cli.bench._on_gpu", lambda: True)
+    begun = []
+
+    def process(plan: module.Plan, backend: str, _say: object) -> EngineRow:
+        begun.append(backend)
+        if backend == "BROKEN":
+            raise module.EngineFailedError(f"{plan.engine} with {backend} ended with status 1", "what it said")
+        return engines(2.0).rows[0].model_copy(update={"backend": backend})
+
+    monkeypatch.setattr(module, "_process", process)
+    file = tmp_path / "it.json"
+    call = ("bench", "engines", "vllm", "llama", "BROKEN", "taut", "--rounds", "2", "-o", str(file))
+    status, _, err = stopped(monkeypatch, capsys, *call)
+    assert status == 2
+    assert "what it said" in err
+    assert err.splitlines()[-1] == "taut: vllm with BROKEN ended with status 1"
+    assert begun == ["BROKEN", "taut", "taut"]
+    results = read(file)
+    assert isinstance(results, EngineResults)
+    assert [(one.backend, len(one.loads[0].runs)) for one in results.rows] == [("taut", 4)]
+
+
 def test_rounds_are_joined() -> None:
     from taut.benchmarks.engines import _joined
 
