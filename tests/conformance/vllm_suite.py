@@ -25,6 +25,7 @@ import tarfile
 import tempfile
 import urllib.request
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,9 +40,9 @@ HERE = Path(__file__).resolve().parent
 CACHE = HERE.parents[1] / ".conformance"
 INDEX = "https://pypi.org/pypi"
 
+MANY = ("tests/v1/attention/test_attention_backends.py", "tests/v1/attention/test_mla_backends.py")  # tests in a file
 FILES = (
-    "tests/v1/attention/test_attention_backends.py",
-    "tests/v1/attention/test_mla_backends.py",
+    *MANY,
     "tests/test_attention_backend_registry.py",
     "tests/v1/attention/test_attention_backends_selection.py",
     "tests/v1/attention/test_attention_splitting.py",
@@ -165,9 +166,8 @@ def write_models(cache: Path) -> None:
 
 
 def run(file: str, tests: Path, attention: str, asked: argparse.Namespace, work: Path) -> list[Outcome]:
-    """One file in a process of its own, or in several; what it had done when its time was over counts."""
-    outcomes = work / "outcomes.jsonl"
-    outcomes.unlink(missing_ok=True)
+    """One file in a process of its own, or several where it has many tests; what was done when time was over counts."""
+    outcomes, log = (work / f"{Path(file).stem}.{kind}" for kind in ("jsonl", "txt"))
     environment = os.environ | {
         "TAUT_ATTENTION": attention,
         "CONFORMANCE_OUTCOMES": str(outcomes),
@@ -186,8 +186,7 @@ def run(file: str, tests: Path, attention: str, asked: argparse.Namespace, work:
         file,
         *(["-k", asked.only] if asked.only else []),
     ]
-    command += ["-n", str(asked.workers)] if asked.workers else []
-    log = work / "log.txt"
+    command += ["-n", str(asked.workers)] if asked.workers and file in MANY else []
     with log.open("w") as sink:
         try:
             status = subprocess.run(
@@ -227,31 +226,40 @@ def arguments(given: Iterable[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--file", default="", help="only files whose name contains this")
     parser.add_argument("--only", default="", help="pytest's -k")
     parser.add_argument("--seconds", type=float, default=3600, help="time limit of one file")
-    parser.add_argument("--workers", type=int, default=0, help="processes that share a file's tests (pytest-xdist)")
+    parser.add_argument("--workers", type=int, default=0, help="processes side by side (two files need pytest-xdist)")
     parser.add_argument("--report", type=Path, help="where to write every outcome, as JSON")
     return parser.parse_args(given)
 
 
 def main() -> int:
     asked = arguments()
-    release = installed_release()
+    release, attention = installed_release(), "off" if asked.stock else "on"
     tests = tests_of(release)
+    files = [file for file in FILES if asked.file in file and (tests / file).exists()]
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         write_models(work / "hub")
-        for file in FILES:
-            if asked.file not in file or not (tests / file).exists():
-                continue
-            rich.print(f"{file} ...")
-            found = run(file, tests, "off" if asked.stock else "on", asked, work)
-            outcomes += found
-            counts = Counter(outcome.outcome for outcome in found)
-            rich.print("  " + ", ".join(f"{number} {kind}" for kind, number in counts.items()))
+        for together in side_by_side(files, asked.workers):
+            rich.print(f"{', '.join(together)} ...")
+            with ThreadPoolExecutor(max(1, asked.workers)) as pool:
+                waiting = [pool.submit(run, file, tests, attention, asked, work) for file in together]
+            for file, done in zip(together, waiting, strict=True):
+                outcomes += done.result()
+                counts = Counter(outcome.outcome for outcome in done.result())
+                rich.print(f"  {Path(file).name}: " + ", ".join(f"{number} {kind}" for kind, number in counts.items()))
+            if asked.report:  # whatever ends this run, what was done is kept
+                asked.report.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1))
     show(outcomes, f"vLLM {release}, its own tests, {'stock' if asked.stock else 'TAUT_ATTENTION=on'}")
-    if asked.report:
-        asked.report.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1))
     return int(any(outcome.is_wrong for outcome in outcomes) or not outcomes)
+
+
+def side_by_side(files: list[str], workers: int) -> list[list[str]]:
+    """The files that run together: those of many tests alone, for their tests are shared out; all others at once."""
+    if not workers:
+        return [[file] for file in files]
+    alone, together = [[file] for file in files if file in MANY], [file for file in files if file not in MANY]
+    return [*alone, together] if together else alone
 
 
 if __name__ == "__main__":
