@@ -9,7 +9,7 @@ heads that share keys; prefill: query heads that share keys), `key_bytes` (of on
 head), `element_bytes` (of a query's element) and `float8` (0 or 1). Numbers of both: `rows` and `keys` of a tile,
 `warps`, `stages` of the pipeline. Of decode: `cut` (may be left out for `keys`), the keys of a tile of the schedule, of
 which `keys` is a multiple, so that short rows are shared out finer than the kernel's loop goes; `programs` that share a
-multiprocessor; `share`, the least tiles of the schedule worth a part of their own; and `spare`, those that a part may
+multiprocessor; `share`, how many times `cut` keys are worth a part of their own; and `spare`, the tiles that a part may
 have more where rows are then not split. Of prefill: `pack`, how many heads that share their keys are taken together.
 """
 
@@ -162,15 +162,17 @@ def workspace(
     facts = tile_facts(group, problem.head_size, problem.value_size, dtype, cache_dtype)
     tile, pack, block = decode_cut(table, operation, group, problem.max_query, facts)
     head_blocks = problem.kv_heads * triton.cdiv(group, pack)
+    cut = tile.get("cut", tile["keys"])
     whole_pages = problem.page_size % tile["keys"] == 0  # then a round of the loop lies in one page, if it begins so
+    scheduled = tile["keys"] if whole_pages else cut
     shape = ScheduleShape(
         parts=parts_that_fit(device_has.multiprocessors, tile["programs"], head_blocks),
         max_items=most_items(max_rows, max_tokens, block, min(problem.max_query or DECODE_QUERIES, DECODE_QUERIES)),
-        tile=tile["keys"] if whole_pages else tile.get("cut", tile["keys"]),
+        tile=scheduled,
         block=block,
         left=left,
         right=0 if "non_causal" not in problem.features else -1,
-        minimum_share=tile["share"],
+        minimum_share=max(1, tile["share"] * cut // scheduled),
         spare=tile["spare"],
         longest=DECODE_QUERIES,
     )

@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from taut.common_kernels.paged_attention import hopper_kernel, triton_kernel
 from taut.common_kernels.paged_attention.hopper_kernel import box_of, boxes_of, in_pieces, unreachable
+from taut.common_kernels.problem import Problem
+from taut.common_kernels.schedule.reference import schedule
+from taut.common_kernels.workspace import DeviceFacts
 
 
 @pytest.mark.parametrize(
@@ -44,3 +48,16 @@ def test_what_cannot_be_reached_is_said() -> None:
         assert "keys that begin at multiples of 16 bytes" in unreachable(query, cache, good, query)
     assert "queries whose elements lie side by side" in unreachable(turned[0], good, good, query)
     assert "an output whose elements lie side by side" in unreachable(query, good, good, turned[0])
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 32, 64, 128])
+def test_a_short_row_is_cut_into_whole_tiles_of_the_kernel(monkeypatch: pytest.MonkeyPatch, page_size: int) -> None:
+    """Whatever the pages: 1024 keys in 16 parts of 64. Of half a tile the other half would be brought as zeros."""
+    monkeypatch.setattr(triton_kernel, "device_facts", lambda _: DeviceFacts("sm_90", 232_448, 132))
+    problem = Problem("paged_attention", "sm_90", "bfloat16", "bfloat16", 32, 8, 128, 128, page_size, max_query=1)
+    workspace = hopper_kernel.workspace(problem, 4, 4, "cpu")
+    shape = workspace.schedule.shape
+    short = schedule(shape, [1024], [0, 1])
+    assert [part.end_tile - part.first_tile for part in short.parts if part.last_item >= 0] == [64 // shape.tile] * 16
+    long = schedule(shape, [32768], [0, 1])
+    assert sum(part.last_item >= 0 for part in long.parts) == shape.parts == 33
