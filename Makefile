@@ -75,8 +75,8 @@ sglang: $(SGLANG_VENV)/model.done
 	@echo "==> SGLang's own attention kit, unedited, against our backend"
 	$(SGLANG) tests/conformance/sglang_kit.py
 	@echo "==> tests with SGLang's CPU engine"
-	$(SGLANG) -m pytest -q tests/integration/test_sglang_text.py tests/integration/test_sglang_serve.py \
-		tests/integration/test_audit_sglang.py
+	$(SGLANG) -m pytest -q tests/integration/test_sglang_text.py tests/integration/test_sglang_drafts.py \
+		tests/integration/test_sglang_serve.py tests/integration/test_audit_sglang.py
 
 sglang-demo: $(SGLANG_VENV)/model.done
 	@echo "==> generating with the engine's own attention and with ours"

@@ -81,8 +81,10 @@ def _prefill_possible(tile: Tile, given: Mapping[str, int]) -> bool:
 
 
 def _cut_unread(tile: Tile, given: Mapping[str, int]) -> tuple[str, ...]:
-    """Where pages hold whole tiles, the schedule's tile is the kernel's."""
-    return ("cut",) if given["page"] and given["page"] % tile["keys"] == 0 else ()
+    """Where pages hold whole tiles, the schedule's tile is the kernel's, and no share of up to two halves is less."""
+    if not given["page"] or given["page"] % tile["keys"]:
+        return ()
+    return ("cut", "share") if tile["cut"] < tile["keys"] else ("cut",)
 
 
 # The kernels of `hopper`. A number of registers is for whom a page size has bring the keys: the copy engine or threads.

@@ -65,6 +65,7 @@ class Run(Log):
 
     ids: list[list[list[int]]]
     cached: list[list[int]]
+    verified: list[list[int]]
 
 
 class EngineFailedError(RuntimeError):
@@ -93,7 +94,8 @@ def _run(request: str, attention: str | None) -> Run:
         if not answered.exists():
             raise EngineFailedError(f"the engine ended with status {process.returncode}. Its log ends:\n{said[-4000:]}")
         batches = json.loads(answered.read_text())
-        return Run(said, process.pid, [batch["ids"] for batch in batches], [batch["cached"] for batch in batches])
+        columns = ([batch[name] for batch in batches] for name in ("ids", "cached", "verified"))
+        return Run(said, process.pid, *columns)
 
 
 def generate(

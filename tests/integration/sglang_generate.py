@@ -4,7 +4,7 @@
 
 REQUEST holds `model`, `engine` (arguments of SGLang's `Engine`), `tokens` and `batches`: lists of texts, or of lists of
 token ids, generated one batch after the other, and `spawned`: variables of the processes that SGLang spawns and of them
-alone. RESULT holds for each batch the `ids` and the `cached` prompt tokens.
+alone. RESULT holds for each batch the `ids`, the `cached` prompt tokens and how often drafts were `verified`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def generate(request: dict[str, Any]) -> list[dict[str, Any]]:
             {
                 "ids": [output["output_ids"] for output in outputs],
                 "cached": [output["meta_info"]["cached_tokens"] for output in outputs],
+                "verified": [output["meta_info"].get("spec_verify_ct", 0) for output in outputs],
             }
         )
     Path(sys.argv[2]).write_text(json.dumps(results))
