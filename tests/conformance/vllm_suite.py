@@ -6,7 +6,8 @@
 
 The tests travel in vLLM's source distribution. The one of the release that is installed is downloaded from the package
 index once and its tests are kept in `.conformance/`; a machine without a network takes that folder along. They need
-the shapes of five models, not the models: `models.json` holds what their configurations say.
+the shapes of six models, not the models: `models.json` holds what their configurations say. One of them is run, whole
+engines at a time: it gets weights and words that are made up, and four layers of its 28.
 
 Members of vLLM's registry that its tests walk (FLASH_ATTN, TRITON_ATTN, FLASH_ATTN_MLA, ...) are overridden as they are
 for a user who sets `TAUT_ATTENTION=on`: each test then computes with our kernels under that member's name. The report
@@ -28,13 +29,13 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import rich
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Container, Iterable
 
 HERE = Path(__file__).resolve().parent
 CACHE = HERE.parents[1] / ".conformance"
@@ -63,6 +64,8 @@ FILES = (
     "tests/v1/cudagraph/test_cudagraph_dispatch.py",
     "tests/v1/cudagraph/test_cudagraph_mode.py",
 )
+
+RUN = {"tests/v1/cudagraph/test_cudagraph_mode.py": "Qwen/Qwen2-1.5B-Instruct"}  # who runs which model
 
 # Why a skip is right, by what its reason says. A skip for any other reason counts as a failure.
 KNOWN_SKIPS = {
@@ -154,8 +157,8 @@ def tests_of(release: str) -> Path:
     return folder
 
 
-def write_models(cache: Path) -> None:
-    """The configurations that the tests name, as a cache of the model hub holds them."""
+def write_models(cache: Path, run: Container[str]) -> None:
+    """The configurations that the tests name, as a cache of the model hub holds them, and the models that they run."""
     for name, configuration in json.loads((HERE / "models.json").read_text()).items():
         folder = cache / f"models--{name.replace('/', '--')}"
         (folder / "refs").mkdir(parents=True)
@@ -163,6 +166,26 @@ def write_models(cache: Path) -> None:
         snapshot = folder / "snapshots" / ("0" * 40)
         snapshot.mkdir(parents=True)
         (snapshot / "config.json").write_text(json.dumps(configuration))
+        if name in run:
+            make_up(snapshot, configuration)
+
+
+def make_up(folder: Path, configuration: dict[str, Any]) -> None:
+    """Weights by chance, and a tokenizer that knows as many words as there are."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, Qwen2TokenizerFast
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**configuration)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(configuration))
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    words = [*letters, *(f"<{number}>" for number in range(len(letters), configuration["vocab_size"]))]
+    tokenizer = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    end = dict.fromkeys(("eos_token", "pad_token", "unk_token"), words[-1])
+    Qwen2TokenizerFast(tokenizer_object=tokenizer, **end).save_pretrained(folder)
 
 
 def run(file: str, tests: Path, attention: str, asked: argparse.Namespace, work: Path) -> list[Outcome]:
@@ -239,7 +262,7 @@ def main() -> int:
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        write_models(work / "hub")
+        write_models(work / "hub", {RUN[file] for file in files if file in RUN})
         for together in side_by_side(files, asked.workers):
             rich.print(f"{', '.join(together)} ...")
             with ThreadPoolExecutor(max(1, asked.workers)) as pool:

@@ -24,7 +24,11 @@ Prompts = list[list[float]]  # of each prompt, the log-probability of each token
 
 
 def log_probabilities(
-    model: Path, prompts: Sequence[list[int]], cache: torch.dtype | None = None, device: str = "cuda"
+    model: Path,
+    prompts: Sequence[list[int]],
+    cache: torch.dtype | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cuda",
 ) -> Prompts:
     """The log-probability of each token of each prompt, given those before it.
 
@@ -32,11 +36,12 @@ def log_probabilities(
         model: its folder, with weights.
         prompts: token numbers.
         cache: what keys and values, or latent vectors, are rounded to; None where they are not.
+        dtype: of all else; fewer bits than float32 tell how far from it a right implementation lies.
         device: where it runs; its memory is given back.
     """
     transformers.AttentionInterface.register("of a cache", _attention_of(cache))
     network = transformers.AutoModelForCausalLM.from_pretrained(
-        model, dtype=torch.float32, attn_implementation="of a cache"
+        model, dtype=dtype, attn_implementation="of a cache"
     ).to(device)
     for layer in network.model.layers:
         if hasattr(layer.self_attn, "kv_a_layernorm"):  # latent attention: what comes out of it is cached
@@ -45,7 +50,7 @@ def log_probabilities(
     with torch.inference_mode():
         for prompt in prompts:
             tokens = torch.tensor([prompt], device=device)
-            logits = network(tokens, use_cache=False).logits[0, :-1]
+            logits = network(tokens, use_cache=False).logits[0, :-1].float()
             found.append(logits.log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0].tolist())
     del network
     gc.collect()

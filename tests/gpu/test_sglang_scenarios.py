@@ -83,7 +83,7 @@ def runs_of(name: str, model: Path) -> dict[str, Asked]:
         asked["taut, eager"] = Asked("auto", EAGER, score=False)
     if name == "smollm2":  # the same model drafts for itself: nearly every draft is accepted
         asked |= {run: Asked("on", drafts_by(model, attention), score=False) for run, attention in DRAFTS.items()}
-    if torch.cuda.device_count() > 1:
+    if torch.cuda.device_count() > 1 and name != "smollm2":  # which has nine heads
         # The others fill the first GPU alone, which SGLang takes for a mistake.
         unequal = {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
         asked["taut, two GPUs"] = Asked("on", {"tp_size": 2}, unequal)
@@ -98,11 +98,12 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def exact(model: Path) -> dict[str, Prompts]:
-    """What a model in float32 says of the prompts, and one whose cache is of fp8."""
-    prompts = SCALE.prompts()[: SCALE.judged]
+    """What a model in float32 says of the prompts, one whose cache is of fp8, and that one in bfloat16."""
+    prompts, fp8 = SCALE.prompts()[: SCALE.judged], torch.float8_e4m3fn
     return {
         "exact": log_probabilities(model, prompts),
-        "fp8": log_probabilities(model, prompts, torch.float8_e4m3fn),
+        "fp8": log_probabilities(model, prompts, fp8),
+        "bfloat16, fp8": log_probabilities(model, prompts, fp8, torch.bfloat16),
     }
 
 
@@ -132,18 +133,19 @@ def test_everything_happened(verdicts: dict[str, Verdict]) -> None:
 def test_prompts_as_near_to_float32_as_triton(verdicts: dict[str, Verdict], exact: dict[str, Prompts]) -> None:
     """Where the cache is of fp8 we attend to what it holds, as vLLM does; `triton` to a prompt's own keys in bfloat16.
 
-    There ours are held against a model whose cache is rounded, and what else they differ by against the rounding.
+    There ours are held against a model whose cache is rounded. Its numbers jump where a key in bfloat16 is rounded to
+    another one in fp8 than a key in float32; how far that leads is what the same model in bfloat16 shows.
     """
-    rounding = distance(exact["fp8"], exact["exact"])
+    jumps = distance(exact["bfloat16, fp8"], exact["fp8"])
     off = {
         name: {kind: distance(scored(verdict.run, SCALE.judged), numbers) for kind, numbers in exact.items()}
         for name, verdict in verdicts.items()
         if verdict.prefill == verdict.prefill
     }
-    print(f"rounding {rounding:.4f}", off)  # noqa: T201 - for whoever runs this with -s
+    print(f"bfloat16, fp8: {jumps:.4f}", off)  # noqa: T201 - for whoever runs this with -s
     for name, by in off.items():
         if name.startswith("taut") and "fp8" in name:
-            assert by["fp8"] <= 0.5 * rounding + 1e-2, name
+            assert by["fp8"] <= 1.2 * jumps + 1e-3, name
         elif name.startswith("taut"):
             assert by["exact"] <= 1.2 * off["stock"]["exact"] + 1e-3, name
 

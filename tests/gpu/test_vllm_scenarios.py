@@ -54,7 +54,7 @@ def verdicts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     }
     if name in OTHER:
         asked["other stock"] = Asked("off", {"attention_backend": OTHER[name]})
-    if torch.cuda.device_count() > 1:
+    if torch.cuda.device_count() > 1 and name != "smollm2":  # which has nine heads
         two, several = {"tensor_parallel_size": 2}, {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
         asked["taut, two GPUs"] = Asked("on", two, several)
         if name == "deepseek":  # each GPU has every other token of the cache, and they merge by their LSE
