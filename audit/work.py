@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from taut.audit.records import Run
 
-SPLITS = Item._fields.index("splits")  # where an item of a schedule says into how many parts it is cut
+# Where an item of a schedule says how many queries it has, and into how many parts it is cut.
+QUERIES, SPLITS = Item._fields.index("queries"), Item._fields.index("splits")
 ATOMS = (str, bytes, int, float, type(None))  # lead nowhere
 # Packages whose objects lead to no tensor of an engine's or a backend's.
 CLOSED = ("torch", "builtins", "numpy", "transformers", "tokenizers", "vllm.config", "sglang.srt.server_args")
@@ -133,15 +134,16 @@ def held_bytes(things: Sequence[Any], engine: Sequence[Any], device: str) -> int
 
 
 def scheduled_partials(things: Sequence[Any]) -> int | None:
-    """Bytes of partial results that a layer writes and reads again, by the schedule of ours that lies on the device.
+    """Bytes of partial results that a layer of a decode step writes and reads again, by our schedule on the device.
 
-    It waits for the device: to be asked after a step, not in one.
+    Workspaces of other steps, whose items have several queries, still hold the schedule of the last of those. It waits
+    for the device: to be asked after a step, not in one.
 
     Args:
         things: the backend's objects, whose workspaces are as the last step has left them; the largest traffic counts.
 
     Returns:
-        None where they hold no workspace of ours with a schedule.
+        None where they hold no workspace of ours with a schedule of a decode step.
     """
     from torch.nn import Module
 
@@ -152,9 +154,11 @@ def scheduled_partials(things: Sequence[Any]) -> int | None:
         if not isinstance(workspace, ScheduledWorkspace):
             continue
         scratch, schedule = workspace.scratch, workspace.schedule
-        splits = schedule.items[: workspace.items, SPLITS].tolist()
+        items = schedule.items[: workspace.items].tolist()
+        if any(item[QUERIES] > 1 for item in items):
+            continue
         each = scratch.partials[0].nbytes + scratch.lses[0].nbytes
-        found.append(2 * each * sum(count for count in splits if count > 1))
+        found.append(2 * each * sum(item[SPLITS] for item in items if item[SPLITS] > 1))
     return max(found, default=None)
 
 

@@ -335,7 +335,7 @@ def test_what_the_engine_keeps_for_a_backend_is_the_backends() -> None:
 
 
 def test_partial_results_by_a_schedule_of_ours() -> None:
-    """Of three items one is cut into four parts: four partials, each written and read."""
+    """Of three items one is cut into four parts: four partials, written and read; a prompt's are not counted."""
     import torch
 
     from taut.common_kernels.schedule.reference import Item, ScheduleShape
@@ -345,7 +345,11 @@ def test_partial_results_by_a_schedule_of_ours() -> None:
     workspace.items = 3
     for i, splits in enumerate((1, 4, 0, 9, 9)):  # the last two are of another step
         workspace.schedule.items[i] = torch.tensor(Item(0, 0, 1, 0, 0, 1, splits, 0))
+    prompt = ScheduledWorkspace(ScheduleShape(parts=8, max_items=5, tile=16, block=8), 5, 16, 64, "cpu")
+    prompt.items = 1
+    prompt.schedule.items[0] = torch.tensor(Item(0, 0, 8, 0, 0, 8, 8, 0))
     expected = 2 * 4 * 16 * (64 + 1) * 4
-    assert scheduled_partials([object(), Thing(workspaces={"dense": workspace})]) == expected
+    assert scheduled_partials([object(), Thing(workspaces={"dense": workspace, "prompt": prompt})]) == expected
     assert scheduled_partials([Thing(workspace=workspace)]) == expected  # latent attention has one
     assert scheduled_partials([object()]) is None
+    assert scheduled_partials([prompt]) is None
