@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import io
 import math
 import multiprocessing
 import signal
 import tempfile
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -110,6 +111,16 @@ def compiling_only(provider: str, facts: DeviceFacts) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def without_reproducers() -> Iterator[None]:
+    """Within it Triton may print what it likes: the whole program, where its assembler refused it or was interrupted.
+
+    The table and the journal say in a line why a tile failed, and the progress is shown on the standard error.
+    """
+    with redirect_stdout(io.StringIO()):
+        yield
+
+
 @dataclass(frozen=True)
 class Job:
     """What another process compiles.
@@ -133,7 +144,7 @@ def compile_tile(job: Job) -> Outcome:
     """Compile everything that a tile needs at every shape, on tensors without memory: "timed" if all of it fits."""
     try:
         kernels = kernels_of(job.provider)
-        with compiling_only(job.provider, job.facts):
+        with compiling_only(job.provider, job.facts), without_reproducers():
             for shape in job.shapes:
                 task = TASKS[job.operation](shape, "meta")
                 task.call(kernels, task.workspace(kernels, job.table))()
@@ -238,15 +249,8 @@ class Measurer:
                 "run the same command again, it goes on after that tile"
             )
         try:
-            error = self._error(table)
-            if error > TOLERANCE:
-                return Outcome("wrong", why=f"relative error {error:.2g} against the reference")
-            us: list[float] = []
-            for number in range(len(self.question.shapes)):
-                us.append(self.session.time(self._calls(number, table)))
-                if limits is not None and us[-1] > limits[number]:
-                    return Outcome("slower", tuple(us))
-            return Outcome("timed", tuple(us))
+            with without_reproducers():
+                return self._checked_and_timed(table, limits)
         except OutOfResources as misfit:
             return Outcome("does not fit", why=_in_a_line(misfit))
         except torch.OutOfMemoryError:
@@ -257,6 +261,17 @@ class Measurer:
         except Exception as failed:  # what an odd tile makes of a kernel
             self._broken = self._still_works()
             return Outcome("failed", why=_in_a_line(failed))
+
+    def _checked_and_timed(self, table: str, limits: Sequence[float] | None) -> Outcome:
+        error = self._error(table)
+        if error > TOLERANCE:
+            return Outcome("wrong", why=f"relative error {error:.2g} against the reference")
+        us: list[float] = []
+        for number in range(len(self.question.shapes)):
+            us.append(self.session.time(self._calls(number, table)))
+            if limits is not None and us[-1] > limits[number]:
+                return Outcome("slower", tuple(us))
+        return Outcome("timed", tuple(us))
 
     def _still_works(self) -> str:
         """Why the device takes no more work from this process; "" if it does."""

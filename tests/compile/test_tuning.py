@@ -108,17 +108,32 @@ def test_a_tile_fits_where_there_is_memory_enough(tmp_path: Path, one: Tuned, ti
 def test_what_is_compiled_ahead_is_what_is_launched(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, one: Tuned
 ) -> None:
-    """From tensors with memory comes no other kernel than from those without."""
+    """From tensors with memory comes no other kernel than from those without, for the batch of the check neither."""
     work = job(one, largest(one), tmp_path)
+    work = replace(work, shapes=(*work.shapes, measure.checked_shape(one)))
     assert compile_tile(work).status == "timed"
     missed: list[str] = []
     monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda **told: missed.append(told["repr"]))
     kernels = measure.kernels_of(one.provider)
     with measure.compiling_only(one.provider, FACTS):
-        for shape in one.shapes:
-            task = TASKS[one.operation](shape, "cpu")
+        for task in (*(TASKS[one.operation](shape, "cpu") for shape in one.shapes), measure.checked_task(one, "cpu")):
             task.call(kernels, task.workspace(kernels, work.table))()
     assert not missed
+
+
+def test_the_compiler_says_nothing_of_a_tile_that_the_report_does_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Triton prints the whole program that its assembler refuses; a report has a line for it."""
+
+    def refused(*_arguments: Any, **_named: Any) -> Any:
+        print("the whole program")  # noqa: T201
+        raise RuntimeError("ptxas failed")
+
+    monkeypatch.setattr(measure.CompileOnly, "__getitem__", lambda _self, _grid: refused)
+    outcome = compile_tile(job(asked("triton")[0], todays(asked("triton")[0]), tmp_path))
+    assert (outcome.status, "ptxas failed" in outcome.why) == ("failed", True)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_tile_that_cannot_be_compiled(tmp_path: Path) -> None:
