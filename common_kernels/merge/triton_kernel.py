@@ -32,9 +32,8 @@ def combine(
     CHUNK: tl.constexpr,  # parts read together
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    ALL_WRITTEN: tl.constexpr,  # whether empty parts hold numbers too: then no load waits for an LSE
 ) -> tl.tensor:
-    """Attention of some rows from its parts: [ROWS, COLUMNS] float32, and the LSEs; parts of LSE -inf stay unread."""
+    """Attention of some rows from its parts: [ROWS, COLUMNS] float32, and the LSEs; parts of LSE -inf hold numbers."""
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     mixed = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -42,8 +41,6 @@ def combine(
         split = start + tl.arange(0, CHUNK)[:, None]
         wanted = (split < splits) & rows_here[None, :]
         part_lses = tl.load(lses[None, :] + split * lse_stride, mask=wanted, other=float("-inf")) * LOG2_E
-        if not ALL_WRITTEN:
-            wanted = part_lses > float("-inf")
         numbers = tl.load(
             (parts[None, :] + split * part_stride)[:, :, None] + column_offsets[None, None, :],
             mask=wanted[:, :, None] & columns_here[None, None, :],
@@ -60,6 +57,35 @@ def combine(
     seen = total > 0.0
     safe = tl.where(seen, total, 1.0)
     return mixed / safe[:, None], tl.where(seen, (top + tl.log2(safe)) * LN2, float("-inf"))
+
+
+@triton.jit
+def _part(
+    lses: tl.tensor,
+    lse_stride: tl.tensor,
+    numbers: tl.tensor,
+    part_stride: tl.tensor,
+    part: tl.tensor,
+    here: tl.tensor,
+    columns_here: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor]:
+    """The LSEs of some rows of a part, [ROWS], and their numbers, [ROWS, COLUMNS]: loaded whatever their LSE is."""
+    place = tl.cast(part, tl.int64)
+    part_lse = tl.load(lses + place * lse_stride, mask=here, other=float("-inf"))
+    return part_lse, tl.load(numbers + place * part_stride, mask=here[:, None] & columns_here[None, :], other=0.0)
+
+
+@triton.jit
+def _mixed_in(
+    top: tl.tensor, total: tl.tensor, mixed: tl.tensor, part_lse: tl.tensor, numbers: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """The running softmax over parts, one more of them taken in; one of LSE -inf may hold anything."""
+    scaled = part_lse * LOG2_E
+    new_top = tl.maximum(top, scaled)
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weight, decay = tl.exp2(scaled - base), tl.exp2(top - base)
+    seen = tl.where((scaled > float("-inf"))[:, None], numbers.to(tl.float32), 0.0)
+    return new_top, total * decay + weight, mixed * decay[:, None] + weight[:, None] * seen
 
 
 @triton.jit(do_not_specialize=["count", "tokens"])
@@ -86,33 +112,37 @@ def merge_kernel(
     VALUE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    ODD: tl.constexpr,  # whether the number of parts is
     HAS_LSE: tl.constexpr,
 ) -> None:
-    """One program merges some rows; see `merge`."""
+    """One program merges some rows, each thread its own columns of them part by part: no sum goes across threads."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     here = row < tokens * HEADS
     token, head = (row // HEADS).to(tl.int64), row % HEADS
     columns = tl.arange(0, COLUMNS)
     columns_here = columns < VALUE
-    mixed, total = combine(
-        parts + token * part_stride_t + head * part_stride_h,
-        tl.cast(part_stride_s, tl.int64),
-        columns * part_stride_v,
-        columns_here,
-        part_lses + token * lse_stride_t + head * lse_stride_h,
-        tl.cast(lse_stride_s, tl.int64),
-        here,
-        count,
-        CHUNK,
-        ROWS,
-        COLUMNS,
-        False,
-    )
+    numbers_at = parts + (token * part_stride_t + head * part_stride_h)[:, None] + columns[None, :] * part_stride_v
+    lses_at = part_lses + token * lse_stride_t + head * lse_stride_h
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    mixed = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for part in range(0, count - 1, 2):  # two at a time: the loads of the second wait for nothing of the first
+        lse_1, numbers_1 = _part(lses_at, lse_stride_s, numbers_at, part_stride_s, part, here, columns_here)
+        lse_2, numbers_2 = _part(lses_at, lse_stride_s, numbers_at, part_stride_s, part + 1, here, columns_here)
+        top, total, mixed = _mixed_in(top, total, mixed, lse_1, numbers_1)
+        top, total, mixed = _mixed_in(top, total, mixed, lse_2, numbers_2)
+    if ODD:
+        lse_1, numbers_1 = _part(lses_at, lse_stride_s, numbers_at, part_stride_s, count - 1, here, columns_here)
+        top, total, mixed = _mixed_in(top, total, mixed, lse_1, numbers_1)
+    seen_any = total > 0.0
+    safe = tl.where(seen_any, total, 1.0)
     target = (token * out_stride_t + head * out_stride_h)[:, None] + columns[None, :] * out_stride_v
-    tl.store(out + target, mixed.to(out.dtype.element_ty), mask=here[:, None] & columns_here[None, :])
+    merged = (mixed / safe[:, None]).to(out.dtype.element_ty)
+    tl.store(out + target, merged, mask=here[:, None] & columns_here[None, :])
     if HAS_LSE:
-        tl.store(lse + token * out_lse_stride_t + head * out_lse_stride_h, total, mask=here)
+        its_lse = tl.where(seen_any, (top + tl.log2(safe)) * LN2, float("-inf"))
+        tl.debug_barrier()  # it may take the place of a part's, which all threads of the row have read
+        tl.store(lse + token * out_lse_stride_t + head * out_lse_stride_h, its_lse, mask=here)
 
 
 def merge(parts: Tensor, part_lses: Tensor, out: Tensor, lse: Tensor | None = None) -> None:
@@ -121,7 +151,7 @@ def merge(parts: Tensor, part_lses: Tensor, out: Tensor, lse: Tensor | None = No
     if tokens == 0:
         return
     columns = triton.next_power_of_2(value)
-    rows = max(1, 512 // columns)
+    rows = max(1, 1024 // columns)
     merge_kernel[(triton.cdiv(tokens * heads, rows),)](
         parts,
         part_lses,
@@ -137,7 +167,7 @@ def merge(parts: Tensor, part_lses: Tensor, out: Tensor, lse: Tensor | None = No
         VALUE=value,
         ROWS=rows,
         COLUMNS=columns,
-        CHUNK=min(8, max(2, triton.next_power_of_2(count))),
+        ODD=count % 2 == 1,
         HAS_LSE=lse is not None,
         num_warps=4,
     )
@@ -197,7 +227,6 @@ def merge_items_kernel(
             CHUNK,
             ROWS,
             COLUMNS,
-            True,
         )
         token = (first_query + query).to(tl.int64)
         target = (token * out_stride_t + head * out_stride_h)[:, None] + columns[None, :] * out_stride_v

@@ -231,7 +231,6 @@ def decode_kernel(
                             MERGE_CHUNK,
                             MERGE_ROWS,
                             MERGE_COLUMNS,
-                            True,
                         )
                         merge_tokens = (first_query + merge_query).to(tl.int64)
                         merge_out = out + merge_tokens * out_token_stride + merge_heads * out_head_stride
