@@ -54,6 +54,12 @@ def combine(
         total = total * decay + tl.sum(weights, 0)
         mixed = mixed * decay[:, None] + tl.sum(weights[:, :, None] * numbers.to(tl.float32), 0)
         top = new_top
+    return _merged(top, total, mixed)
+
+
+@triton.jit
+def _merged(top: tl.tensor, total: tl.tensor, mixed: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """What a running softmax over parts has come to: attention and its LSEs, zeros and -inf where no part counted."""
     seen = total > 0.0
     safe = tl.where(seen, total, 1.0)
     return mixed / safe[:, None], tl.where(seen, (top + tl.log2(safe)) * LN2, float("-inf"))
@@ -134,15 +140,12 @@ def merge_kernel(
     if ODD:
         lse_1, numbers_1 = _part(lses_at, lse_stride_s, numbers_at, part_stride_s, count - 1, here, columns_here)
         top, total, mixed = _mixed_in(top, total, mixed, lse_1, numbers_1)
-    seen_any = total > 0.0
-    safe = tl.where(seen_any, total, 1.0)
+    whole, whole_lse = _merged(top, total, mixed)
     target = (token * out_stride_t + head * out_stride_h)[:, None] + columns[None, :] * out_stride_v
-    merged = (mixed / safe[:, None]).to(out.dtype.element_ty)
-    tl.store(out + target, merged, mask=here[:, None] & columns_here[None, :])
+    tl.store(out + target, whole.to(out.dtype.element_ty), mask=here[:, None] & columns_here[None, :])
     if HAS_LSE:
-        its_lse = tl.where(seen_any, (top + tl.log2(safe)) * LN2, float("-inf"))
         tl.debug_barrier()  # it may take the place of a part's, which all threads of the row have read
-        tl.store(lse + token * out_lse_stride_t + head * out_lse_stride_h, its_lse, mask=here)
+        tl.store(lse + token * out_lse_stride_t + head * out_lse_stride_h, whole_lse, mask=here)
 
 
 def merge(parts: Tensor, part_lses: Tensor, out: Tensor, lse: Tensor | None = None) -> None:

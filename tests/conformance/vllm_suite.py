@@ -278,10 +278,11 @@ def main() -> int:
 
 
 def side_by_side(files: list[str], workers: int) -> list[list[str]]:
-    """The files that run together: those of many tests alone, for their tests are shared out; all others at once."""
+    """The files that run together: all but those of many tests, which are shared out, and those that fill the GPU."""
     if not workers:
         return [[file] for file in files]
-    alone, together = [[file] for file in files if file in MANY], [file for file in files if file not in MANY]
+    together = [file for file in files if file not in MANY and file not in RUN]
+    alone = [[file] for file in files if file not in together]
     return [*alone, together] if together else alone
 
 
