@@ -254,6 +254,9 @@ def attend_part(
     items: gl.tensor,
     parts: gl.tensor,
     part: gl.tensor,
+    query_starts: gl.tensor,
+    tokens: gl.tensor,
+    rows: gl.tensor,
     kv_head: gl.tensor,
     first_group_head: gl.tensor,
     score_scale: gl.tensor,
@@ -271,6 +274,7 @@ def attend_part(
     PACK: gl.constexpr,
     QUERIES: gl.constexpr,
     OVERLAPPED: gl.constexpr,
+    PADDING: gl.constexpr,
     CAUSAL: gl.constexpr,
     HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr,
@@ -284,9 +288,11 @@ def attend_part(
     STAGES: gl.constexpr,
     DEPENDENT: gl.constexpr,
 ) -> None:
-    """The warpgroup that attends, item after item of a part."""
+    """The warpgroup that attends, item after item of a part, and then fills what belongs to no row."""
     if DEPENDENT:
         wait_for_kernel_ahead()
+    if PADDING:
+        padding_start = gl.load(query_starts + rows)  # early, so that nothing waits for it at the end
     turned: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])  # [keys or V, ROWS]
     by_key: gl.constexpr = gl.SliceLayout(1, turned)
     by_row: gl.constexpr = gl.SliceLayout(0, turned)
@@ -452,6 +458,13 @@ def attend_part(
         splits = next_splits
         first_partial = next_partial
 
+    if PADDING:
+        # Queries past the last row belong to no item: the parts share them out.
+        fill_padding(
+            out, lse, padding_start + part, tokens, gl.num_programs(1), kv_head, first_group_head, out_token_stride,
+            out_head_stride, lse_token_stride, lse_head_stride, GROUP, PACK, ROWS, HEAD_MAIN,
+        )  # fmt: skip
+
 
 @gluon.jit
 def fill_padding(
@@ -589,10 +602,11 @@ def decode_kernel(
         [
             (attend_part, (
                 q_smem, q_tail_smem, p_smem, k_ring, k_tail_ring, v_ring, k_full, k_free, v_full, v_free, query, out,
-                lse, partials, partial_lses, arrivals, sinks, slopes, items, parts, part, kv_head, first_group_head,
-                score_scale, cap, left, right, query_token_stride, query_head_stride, out_token_stride, out_head_stride,
-                lse_token_stride, lse_head_stride, Q_HEADS, GROUP, PACK, QUERIES, OVERLAPPED, CAUSAL, HAS_LEFT,
-                HAS_RIGHT, HAS_SOFT_CAP, BOX, ROWS, BLOCK_N, TILE, HEAD_MAIN, HEAD_TAIL, STAGES, DEPENDENT,
+                lse, partials, partial_lses, arrivals, sinks, slopes, items, parts, part, query_starts, tokens, rows,
+                kv_head, first_group_head, score_scale, cap, left, right, query_token_stride, query_head_stride,
+                out_token_stride, out_head_stride, lse_token_stride, lse_head_stride, Q_HEADS, GROUP, PACK, QUERIES,
+                OVERLAPPED, PADDING, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, BOX, ROWS, BLOCK_N, TILE, HEAD_MAIN,
+                HEAD_TAIL, STAGES, DEPENDENT,
             )),
             (load_part_of_keys, (
                 key_head, value_head, k_slots, k_tail_slots, v_slots, k_full, k_free, v_full, v_free, items, parts,
@@ -604,9 +618,3 @@ def decode_kernel(
         [LOAD_WARPS],
         [LOAD_REGISTERS],
     )  # fmt: skip
-    if PADDING:
-        # Queries past the last row belong to no item: the parts share them out.
-        fill_padding(
-            out, lse, gl.load(query_starts + rows) + part, tokens, gl.num_programs(1), kv_head, first_group_head,
-            out_token_stride, out_head_stride, lse_token_stride, lse_head_stride, GROUP, PACK, ROWS, HEAD_MAIN,
-        )  # fmt: skip
