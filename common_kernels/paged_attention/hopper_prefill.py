@@ -188,6 +188,22 @@ def multiply_keys(
 
 
 @gluon.jit
+def tops_of(scores: gl.tensor, SIDE_BY_SIDE: gl.constexpr) -> gl.tensor:
+    """The maximum of each row of scores [64, BLOCK_N].
+
+    SIDE_BY_SIDE: by columns that are eight apart first. A thread, which has two of eight neighbours, then takes two
+    maxima of a row side by side; else one, each step of which waits for the step before. Heads of 64, whose products
+    are short, gain 3 % by it; with heads of 128 it was 1 % slower.
+    """
+    if SIDE_BY_SIDE:
+        tops = gl.max(gl.reshape(scores, [scores.shape[0], scores.shape[1] // 8, 8]), 1)
+        result = gl.convert_layout(gl.max(tops, 1), gl.SliceLayout(1, scores.type.layout))
+    else:
+        result = gl.max(scores, 1)
+    return result
+
+
+@gluon.jit
 def weigh(
     products: gl.tensor,  # [64, BLOCK_N] float32
     total: gl.tensor,  # [64] sum of weights
@@ -206,6 +222,7 @@ def weigh(
     HAS_RIGHT: gl.constexpr,
     HAS_SOFT_CAP: gl.constexpr,
     HAS_SLOPES: gl.constexpr,
+    SIDE_BY_SIDE: gl.constexpr,  # see `tops_of`
     BLOCK_N: gl.constexpr,
 ) -> gl.tensor:
     """The weights of a tile, and of the online softmax the new sum, the new maximum, and what decays the old output."""
@@ -221,11 +238,11 @@ def weigh(
         seen = sees(keys[None, :], positions[:, None], length, left, right, CAUSAL, HAS_LEFT, HAS_RIGHT)
         scores = gl.where(seen, scores, float("-inf"))
     if HAS_SOFT_CAP or HAS_SLOPES:
-        new_top = gl.maximum(top, gl.max(scores, 1))
+        new_top = gl.maximum(top, tops_of(scores, SIDE_BY_SIDE))
         weights = gl.exp2(scores - new_top[:, None])
     else:
         # The scale is positive: it is folded into one multiply-add with the subtraction.
-        new_top = gl.maximum(top, gl.max(scores, 1) * score_scale)
+        new_top = gl.maximum(top, tops_of(scores, SIDE_BY_SIDE) * score_scale)
         weights = gl.exp2(scores * score_scale - new_top[:, None])
     decay = gl.exp2(top - new_top)
     return weights, total * decay + gl.sum(weights, 1), new_top, decay
@@ -285,7 +302,7 @@ def attend_tile(
     mbarrier.arrive(k_free.index(stage), count=1)
     weights, total, top, decay = weigh(
         scores, total, top, start + i * BLOCK_N, positions, length, row_slopes, left, right, score_scale, cap,
-        MASKED, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, HAS_SLOPES, BLOCK_N,
+        MASKED, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, HAS_SLOPES, q_rows.shape[1] == 64, BLOCK_N,
     )  # fmt: skip
     next_p = gl.convert_layout(weights.to(p.dtype), p.type.layout)
     total = worked_out(total)
@@ -389,7 +406,7 @@ def attend(
     mbarrier.arrive(k_free.index(0), count=1)
     weights, total, top, _ = weigh(
         scores, total, top, start, positions, length, row_slopes, left, right, score_scale, cap,
-        True, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, HAS_SLOPES, BLOCK_N,
+        True, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, HAS_SLOPES, HEAD_MAIN == 64, BLOCK_N,
     )  # fmt: skip
     p = gl.convert_layout(weights.to(q.dtype), gl.DotOperandLayout(0, o_layout, 2))
     if HAS_LEFT:
