@@ -15,8 +15,11 @@ from cases import LAYOUTS, MASKS, PAGED_BATCH, PagedCase, assert_close, build_pa
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from strategies import paged_cases
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
 from taut.common_kernels.paged_attention import hopper_kernel, triton_kernel
+from taut.common_kernels.paged_attention.hopper_prefill import tops_of
 from taut.common_kernels.reference import NoWorkspace
 from taut.common_kernels.step import Mask
 from taut.common_kernels.workspace import DeviceFacts
@@ -123,3 +126,28 @@ def test_any_order(small: Any, seed: int) -> None:
     """Rings that go round several times, in the order of several seeds."""
     check(small, PagedCase(**LONG, mask=Mask(left=200), seed=seed), "both", seed)
     check_ragged(small, PagedCase(**LONG, seed=seed), seed)
+
+
+@gluon.jit
+def tops_kernel(
+    scores: gl.tensor,
+    tops: gl.tensor,
+    SIDE_BY_SIDE: gl.constexpr,  # noqa: N803
+    BLOCK_N: gl.constexpr,  # noqa: N803
+) -> None:
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    columns = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout))
+    gl.store(tops + rows, tops_of(gl.load(scores + rows[:, None] * BLOCK_N + columns[None, :]), SIDE_BY_SIDE))
+
+
+@pytest.mark.parametrize("side_by_side", [False, True])
+@given(st.integers(0, 1000), st.sampled_from((32, 64, 128)))
+@settings(max_examples=10, phases=[Phase.generate])
+def test_tops_are_the_highest(side_by_side: bool, seed: int, keys: int) -> None:
+    """A softmax that takes too little for the maximum gives the same until it overflows: other tests might not tell."""
+    scores = torch.randn(64, keys, generator=torch.Generator().manual_seed(seed))
+    scores[seed % 64, seed % keys :] = -torch.inf
+    tops = torch.full((64,), torch.nan)
+    tops_kernel[(1,)](scores, tops, side_by_side, keys)
+    assert torch.equal(tops, scores.amax(1))
