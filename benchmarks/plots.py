@@ -66,6 +66,7 @@ def draw(results: Sequence[Results], folder: Path, form: str = "svg") -> list[Pa
                 continue
             folder.mkdir(parents=True, exist_ok=True)
             file = folder / f"{name}.{form}"
+            _settle(figure)
             figure.savefig(file, metadata={"Date": None} if form == "svg" else {"Software": None}, dpi=150)
             files.append(file)
     return files
@@ -92,6 +93,15 @@ def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def _settle(figure: Figure) -> None:
+    """Keep axes where the layout puts them, rounded: its solver's last digits change from drawing to drawing."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axes in figure.axes:
+        left, bottom, width, height = (round(number, 5) for number in axes.get_position().bounds)
+        axes.set_position((left, bottom, width, height))
 
 
 def _names(kernels: Sequence[KernelResults]) -> list[str]:
