@@ -232,6 +232,41 @@ def mix_partials(
 
 
 @gluon.jit
+def fill_padding(
+    out: gl.tensor,
+    lse: gl.tensor,
+    first: gl.tensor,
+    tokens: gl.tensor,
+    step: gl.tensor,
+    kv_head: gl.tensor,
+    first_group_head: gl.tensor,
+    out_token_stride: gl.tensor,
+    out_head_stride: gl.tensor,
+    lse_token_stride: gl.tensor,
+    lse_head_stride: gl.tensor,
+    GROUP: gl.constexpr,
+    PACK: gl.constexpr,
+    ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+) -> None:
+    """Zeros, and -inf as LSE, for queries first, first + step, ... < tokens, which belong to no row."""
+    LANES: gl.constexpr = COLUMNS // 8 if COLUMNS < 256 else 32
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
+    lanes = gl.arange(0, ROWS, layout=gl.SliceLayout(1, wide))
+    group_heads = first_group_head + lanes
+    heads = kv_head * GROUP + group_heads
+    ours = (lanes < PACK) & (group_heads < GROUP)
+    columns = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, wide))
+    for token in range(first, tokens, step):
+        rows = out + gl.cast(token, gl.int64) * out_token_stride + heads * out_head_stride
+        nothing = gl.zeros([ROWS, COLUMNS], out.dtype.element_ty, layout=wide)
+        gl.store(rows[:, None] + columns[None, :], nothing, mask=ours[:, None])
+        if lse is not None:
+            lses = lse + gl.cast(token, gl.int64) * lse_token_stride + heads * lse_head_stride
+            gl.store(lses, gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, wide)), mask=ours)
+
+
+@gluon.jit
 def attend_part(
     q_smem: gl.shared_memory_descriptor,  # [ROWS, HEAD_MAIN] shared memory
     q_tail_smem: gl.shared_memory_descriptor,
@@ -464,41 +499,6 @@ def attend_part(
             out, lse, padding_start + part, tokens, gl.num_programs(1), kv_head, first_group_head, out_token_stride,
             out_head_stride, lse_token_stride, lse_head_stride, GROUP, PACK, ROWS, HEAD_MAIN,
         )  # fmt: skip
-
-
-@gluon.jit
-def fill_padding(
-    out: gl.tensor,
-    lse: gl.tensor,
-    first: gl.tensor,
-    tokens: gl.tensor,
-    step: gl.tensor,
-    kv_head: gl.tensor,
-    first_group_head: gl.tensor,
-    out_token_stride: gl.tensor,
-    out_head_stride: gl.tensor,
-    lse_token_stride: gl.tensor,
-    lse_head_stride: gl.tensor,
-    GROUP: gl.constexpr,
-    PACK: gl.constexpr,
-    ROWS: gl.constexpr,
-    COLUMNS: gl.constexpr,
-) -> None:
-    """Zeros, and -inf as LSE, for queries first, first + step, ... < tokens, which belong to no row."""
-    LANES: gl.constexpr = COLUMNS // 8 if COLUMNS < 256 else 32
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
-    lanes = gl.arange(0, ROWS, layout=gl.SliceLayout(1, wide))
-    group_heads = first_group_head + lanes
-    heads = kv_head * GROUP + group_heads
-    ours = (lanes < PACK) & (group_heads < GROUP)
-    columns = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, wide))
-    for token in range(first, tokens, step):
-        rows = out + gl.cast(token, gl.int64) * out_token_stride + heads * out_head_stride
-        nothing = gl.zeros([ROWS, COLUMNS], out.dtype.element_ty, layout=wide)
-        gl.store(rows[:, None] + columns[None, :], nothing, mask=ours[:, None])
-        if lse is not None:
-            lses = lse + gl.cast(token, gl.int64) * lse_token_stride + heads * lse_head_stride
-            gl.store(lses, gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, wide)), mask=ours)
 
 
 @gluon.jit(do_not_specialize=["tokens", "rows", "pages", "table_stride"])

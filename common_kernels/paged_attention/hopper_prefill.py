@@ -222,8 +222,8 @@ def weigh(
     HAS_RIGHT: gl.constexpr,
     HAS_SOFT_CAP: gl.constexpr,
     HAS_SLOPES: gl.constexpr,
-    SIDE_BY_SIDE: gl.constexpr,  # see `tops_of`
     BLOCK_N: gl.constexpr,
+    HEAD_MAIN: gl.constexpr,
 ) -> gl.tensor:
     """The weights of a tile, and of the online softmax the new sum, the new maximum, and what decays the old output."""
     scores = products
@@ -237,12 +237,13 @@ def weigh(
     if MASKED:
         seen = sees(keys[None, :], positions[:, None], length, left, right, CAUSAL, HAS_LEFT, HAS_RIGHT)
         scores = gl.where(seen, scores, float("-inf"))
+    tops = tops_of(scores, HEAD_MAIN == 64)
     if HAS_SOFT_CAP or HAS_SLOPES:
-        new_top = gl.maximum(top, tops_of(scores, SIDE_BY_SIDE))
+        new_top = gl.maximum(top, tops)
         weights = gl.exp2(scores - new_top[:, None])
     else:
         # The scale is positive: it is folded into one multiply-add with the subtraction.
-        new_top = gl.maximum(top, tops_of(scores, SIDE_BY_SIDE) * score_scale)
+        new_top = gl.maximum(top, tops * score_scale)
         weights = gl.exp2(scores * score_scale - new_top[:, None])
     decay = gl.exp2(top - new_top)
     return weights, total * decay + gl.sum(weights, 1), new_top, decay
@@ -302,7 +303,7 @@ def attend_tile(
     mbarrier.arrive(k_free.index(stage), count=1)
     weights, total, top, decay = weigh(
         scores, total, top, start + i * BLOCK_N, positions, length, row_slopes, left, right, score_scale, cap,
-        MASKED, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, HAS_SLOPES, q_rows.shape[1] == 64, BLOCK_N,
+        MASKED, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, HAS_SLOPES, BLOCK_N, q_rows.shape[1],
     )  # fmt: skip
     next_p = gl.convert_layout(weights.to(p.dtype), p.type.layout)
     total = worked_out(total)
@@ -406,7 +407,7 @@ def attend(
     mbarrier.arrive(k_free.index(0), count=1)
     weights, total, top, _ = weigh(
         scores, total, top, start, positions, length, row_slopes, left, right, score_scale, cap,
-        True, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, HAS_SLOPES, HEAD_MAIN == 64, BLOCK_N,
+        True, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, HAS_SLOPES, BLOCK_N, HEAD_MAIN,
     )  # fmt: skip
     p = gl.convert_layout(weights.to(q.dtype), gl.DotOperandLayout(0, o_layout, 2))
     if HAS_LEFT:

@@ -42,7 +42,7 @@ def verdicts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     name = request.param
     model = model_of(name, tmp_path_factory.mktemp(name))
     fp8 = {"kv_cache_dtype": "fp8"}
-    # A real model's text repeats itself: most drafts are taken, requests end soon, and few are ever served at once.
+    # A real model repeats itself: its drafts are taken, its requests end soon, and so few never fill the usual cache.
     drafts = {"speculative_config": DRAFTS} | ({"num_gpu_blocks_override": 60} if name == "smollm2" else {})
     asked = {  # the first ones side by side: one of ours compiles what the others then find compiled
         "taut": Asked("on"),
