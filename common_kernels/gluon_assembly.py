@@ -29,3 +29,35 @@ def worked_out(total: gl.tensor) -> gl.tensor:
         is_pure=False,
         pack=1,
     )
+
+
+LOOKED_AT = 32  # elements of a thread that are multiplied, or left, together
+_FACTOR = 2 * LOOKED_AT  # the operand that is the first of them; results and elements come before
+MULTIPLY_OR_SKIP = gl.constexpr(
+    "\n".join(
+        (
+            "{ .reg .pred one;",
+            f"setp.eq.f32 one, ${_FACTOR}, 0f3F800000;",
+            f"setp.eq.and.f32 one, ${_FACTOR + 2}, 0f3F800000, one;",
+            "vote.sync.all.pred one, one, 0xffffffff;",
+            "@one bra DONE;",
+            *(f"mul.f32 ${i}, ${i}, ${_FACTOR + i};" for i in range(LOOKED_AT)),
+            "DONE: }",
+        )
+    )
+)
+IN_PLACE = gl.constexpr(",".join(["=f"] * LOOKED_AT + [str(i) for i in range(LOOKED_AT)] + ["f"] * LOOKED_AT))
+PACK = gl.constexpr(LOOKED_AT)
+
+
+@gluon.jit
+def rescaled(acc: gl.tensor, decay: gl.tensor) -> gl.tensor:
+    """`acc * decay`, an output [64, V] as matrix instructions lay it out and a factor of each row [64, 1].
+
+    Once a row has met its maximum its factor is one, and so are, after a while, those of all rows of a warp: then the
+    warp goes past the multiplications. (FlashAttention-4 leaves out factors that are near one; here what comes out is
+    the same to the last bit.) Of four neighbouring elements of a thread two are of one row and two of another.
+    """
+    return gl.inline_asm_elementwise(
+        MULTIPLY_OR_SKIP, IN_PLACE, [acc, decay], dtype=gl.float32, is_pure=False, pack=PACK
+    )

@@ -9,6 +9,7 @@ Importing this module imports nothing of triton.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -72,3 +73,18 @@ def missing() -> list[str]:
             if not any(hasattr(module, name) for name in names):
                 reasons.append(f"this environment's triton has no {path}.{' or '.join(names)}")
     return reasons
+
+
+@functools.lru_cache
+def registers_can_move() -> bool:
+    """Whether a partition of a kernel may be compiled for more registers than its program begins with.
+
+    The assembler of CUDA 13, which Triton takes for Hopper from 3.9 on, keeps to what the program begins with: 128 with
+    512 threads, of which products that overlap have too few, and then wait for one another. There is no asking it but
+    by its release; where that cannot be told, it is taken for an older one.
+    """
+    try:
+        release = importlib.import_module("triton.backends.nvidia.compiler").get_ptxas(90).version
+        return int(release.split(".")[0]) < 13
+    except (ImportError, AttributeError, TypeError, ValueError, RuntimeError):
+        return True

@@ -117,8 +117,11 @@ def _hopper_decode_possible(tile: Tile, given: Mapping[str, int]) -> bool:
 def _hopper_prefill_possible(tile: Tile, given: Mapping[str, int]) -> bool:
     if tile["pack"] > _filled(given["rows"], 1):
         return False
+    # Three warpgroups attend only with heads of 64, and each of their threads needs 160 registers.
+    if tile["rows"] == 192 and (given["key_bytes"] > 256 or tile["load_registers"] > 32):
+        return False
     slots = tile["stages"] * tile["keys"] * given["key_bytes"]
-    return _hopper_fits(slots + 128 * given["key_bytes"] // 2)
+    return _hopper_fits(slots + tile["rows"] * given["key_bytes"] // 2)
 
 
 def _hopper_fits(needs: int, programs: int = 1) -> bool:
@@ -130,6 +133,11 @@ def _hopper_paged_unread(tile: Tile, given: Mapping[str, int]) -> tuple[str, ...
     page, keys = given["page"], tile["keys"]
     boxed = page % keys == 0 or (page >= 16 and keys % page == 0)
     return ("gather_registers",) if boxed else ("load_registers",)
+
+
+def _hopper_prefill_unread(tile: Tile, given: Mapping[str, int]) -> tuple[str, ...]:
+    unread = _hopper_paged_unread(tile, given)
+    return (*unread, "rows") if "load_registers" in unread else unread
 
 
 SPACES: dict[str, Space] = {
@@ -210,15 +218,16 @@ SPACES: dict[str, Space] = {
     ),
     "hopper_paged_prefill": Space(
         {
+            "rows": (128, 192),
             "keys": (64, 128),
             "stages": (2, 3, 4, 5, 6),
             "pack": (1, 2, 4, 8),
-            "load_registers": (24, 40, 56, 72),
+            "load_registers": (24, 32, 40, 56, 72),
             "gather_registers": (24, 40, 56, 72),
         },
-        (("keys", "stages"),),
+        (("keys", "stages"), ("rows", "load_registers")),
         _hopper_prefill_possible,
-        unread=_hopper_paged_unread,
+        unread=_hopper_prefill_unread,
     ),
 }
 

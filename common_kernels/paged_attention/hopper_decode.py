@@ -151,16 +151,17 @@ def load_part_of_keys(
         )  # fmt: skip
         for i in range(tiles):
             if BOX:
+                slot = (number + i) % STAGES
                 load_tile(
-                    number + i, start + i * BLOCK_N, key, value, k_slots, k_tail_slots, v_slots, k_full, k_free, v_full,
-                    v_free, table_row, dead_page, kv_head, 0, first_seen, stop, True, PAGE_SIZE, BLOCK_N, BOX,
-                    HEAD_MAIN, HEAD_TAIL, STAGES,
+                    number + i, start + i * BLOCK_N, key, value, k_slots, k_tail_slots, v_slots, k_full, slot, k_free,
+                    v_full, slot, v_free, table_row, dead_page, kv_head, 0, first_seen, stop, True, PAGE_SIZE, BLOCK_N,
+                    BOX, HEAD_MAIN, HEAD_TAIL, False, STAGES,
                 )  # fmt: skip
             else:
                 gather_tile(
                     number + i, start + i * BLOCK_N, key, value, k_slots, k_tail_slots, v_slots, k_full, k_free, v_full,
                     v_free, table_row, key_page_stride, key_token_stride, value_page_stride, value_token_stride,
-                    first_seen, stop, PAGE_SIZE, BLOCK_N, HEAD_MAIN, HEAD_TAIL, STAGES,
+                    first_seen, stop, PAGE_SIZE, BLOCK_N, HEAD_MAIN, HEAD_TAIL, False, STAGES,
                 )  # fmt: skip
         number += tiles
         row, _, queries, first_position, first_key, end_key, _, _ = next_item
@@ -578,7 +579,7 @@ def decode_kernel(
     if HEAD_TAIL:
         q_tail_smem = gl.allocate_shared_memory(DTYPE, [ROWS, HEAD_TAIL], layout)
         k_tail_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, HEAD_TAIL], layout)
-    k_full, k_free, v_full, v_free = make_barriers(1, BOX, STAGES)
+    k_full, k_free, v_full, v_free = make_barriers(1, BOX, False, STAGES)
     fence_async_shared()
     thread_barrier()
 

@@ -3,7 +3,9 @@
 What a tile table tells (see `tiles`), under `hopper_paged_decode` and `hopper_paged_prefill`; facts as there. Numbers
 of both: `keys` of a tile; `stages` of the ring; registers of a thread that loads, `load_registers` where the copy
 engine does the work and `gather_registers` where the threads copy themselves: the threads that attend get the others.
-Of decode: `rows`, columns of the products, and as there `cut`, `programs`, `share`, `spare`. Of prefill: `pack`.
+Of decode: `rows`, columns of the products, and as there `cut`, `programs`, `share`, `spare`. Of prefill: `rows` of a
+program, 128 or with heads of 64 also 192 (128 in any case where registers are wanting: where threads copy, and with
+assemblers that do not move them), and `pack`.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import triton
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from taut.common_kernels.gluon_features import registers_can_move
 from taut.common_kernels.merge.triton_kernel import merge_items
 from taut.common_kernels.paged_attention import triton_kernel as portable
 from taut.common_kernels.paged_attention.hopper_decode import decode_kernel
@@ -38,7 +41,10 @@ ALIGNMENT = 16  # bytes, of whatever is copied
 
 REGISTERS = 64 * 1024  # of a multiprocessor
 MOST_REGISTERS = 248  # that a thread may be compiled for
-REGISTERS_OF_THREE = 504  # that three threads share, one of each warpgroup of the prefill kernel: 168 each at the start
+ROWS_OF_WARPGROUP = 64  # of the prefill kernel
+# What one thread of each warpgroup of the prefill kernel share, by how many attend; one more loads. They begin alike,
+# with a multiple of 8 each.
+REGISTERS_OF_ALL = {2: 3 * 168, 3: 4 * 128}
 DECODE_THREADS = 8 * 32  # of a program of the decode kernel: warps come in fours, those that load too
 
 
@@ -314,12 +320,14 @@ def launch_prefill(
     kv_heads = key.shape[2]
     group = q_heads // kv_heads
     rows = query_starts.shape[0] - 1
-    pack = min(tile["pack"], triton.next_power_of_2(group))
+    pack = min(tile["pack"], group & -group)  # of powers of two, the largest that divides the group
     box = box_of(page_size, tile["keys"])
     head_main, head_tail = halves(query.shape[2])
     loading = tile["load_registers" if box else "gather_registers"]
-    blocks = tokens // (128 // pack) + rows + 1  # see `row_of_block`; one more row for the padding
-    packs = triton.cdiv(group, pack)
+    warpgroups = tile["rows"] // ROWS_OF_WARPGROUP if box and registers_can_move() else 2
+    queries = warpgroups * ROWS_OF_WARPGROUP // pack  # of a block
+    blocks = tokens // queries + rows + 1  # see `row_of_block`; one more row for the padding
+    packs = group // pack
     prefill_kernel[(kv_heads * packs * blocks,)](
         query,
         boxes_of(key, box) if box else key,
@@ -361,8 +369,10 @@ def launch_prefill(
         BLOCK_N=tile["keys"],
         HEAD_MAIN=head_main,
         HEAD_TAIL=head_tail,
+        WARPGROUPS=warpgroups,
+        AHEAD=head_main == 64,
         STAGES=tile["stages"],
-        REGISTERS=(REGISTERS_OF_THREE - loading) // 16 * 8,
+        REGISTERS=(REGISTERS_OF_ALL[warpgroups] - loading) // (8 * warpgroups) * 8,
         LOAD_REGISTERS=loading,
         num_warps=4,
     )

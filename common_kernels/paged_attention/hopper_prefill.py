@@ -1,7 +1,8 @@
-"""Long extends on Hopper: a block of 128 queries, two warpgroups that attend, one warp or four that load.
+"""Long extends on Hopper: a block of queries, two or three warpgroups that attend, one warp or four that load.
 
-The loading partition fills a ring of shared memory with tiles of keys and values; each of the two attending
-warpgroups keeps 64 rows of queries, their scores and their output in registers, and multiplies from the ring:
+The loading partition fills a ring of shared memory with tiles of keys and values; each of the attending warpgroups
+keeps 64 rows of queries, their scores and their output in registers, and multiplies from the ring. They go one of two
+ways. By turns (`attend_in_turns`), two of them:
 
     loads     K0 V0 K1 V1 K2 V2 ...
     rows 0-63   QK0 | softmax 0 | QK1 PV0 | softmax 1 | QK2 PV1 | softmax 2 | ...
@@ -9,7 +10,15 @@ warpgroups keeps 64 rows of queries, their scores and their output in registers,
 
 Within a warpgroup the products of the next tile are under way while the weights of this one are worked out; between
 the two a token goes to and fro, so that one multiplies while the other exponentiates (FlashAttention-3, arXiv
-2407.08608, section 3.1 and 3.2). Why each barrier is right is said where it is made.
+2407.08608, section 3.1 and 3.2).
+
+Heads of 64 leave registers free: there the scores run a step of half a tile ahead (`attend_ahead`), so that no softmax
+waits for a product that was begun just before, no turns are taken, and a third warpgroup fits:
+
+    each        QK0 | QK1     softmax 0 | QK2 PV0 softmax 1 | QK3 PV1 softmax 2 | ...        (0, 1, 2: steps)
+
+(The deeper pipeline that FlashAttention-3 describes in its appendix B.3, for which whole tiles take too many.) Why each
+barrier is right is said where it is made.
 """
 
 from __future__ import annotations
@@ -23,16 +32,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from taut.common_kernels.gluon_assembly import worked_out
+from taut.common_kernels.gluon_assembly import rescaled, worked_out
 from taut.common_kernels.gluon_features import THREAD_BARRIERS, first_of
 from taut.common_kernels.paged_attention.hopper_ring import (
+    BOX_COLUMNS,
     GATHERING_WARPS,
     PIECE,
     as_boxes,
-    clear_dead_keys,
     gather_tile,
     load_tile,
     make_barriers,
+    reinterpret,
 )
 from taut.common_kernels.paged_attention.hopper_softmax import (
     LOG2E,
@@ -81,31 +91,73 @@ def load_tiles(
     k_boxes: gl.shared_memory_descriptor,
     k_tail_boxes: gl.shared_memory_descriptor,
     v_boxes: gl.shared_memory_descriptor,
+    v_pieces: gl.shared_memory_descriptor,  # the ring of values as pieces of 8 keys and 64 columns
     k_full: gl.shared_memory_descriptor,
     k_free: gl.shared_memory_descriptor,
     v_full: gl.shared_memory_descriptor,
     v_free: gl.shared_memory_descriptor,
+    landed: gl.shared_memory_descriptor,  # [1, 1] shared memory: the barrier of values that are still to be cleared
     table_row: gl.tensor,
     dead_page: gl.tensor,
     kv_head: gl.tensor,
     first_place: gl.tensor,
     first_seen: gl.tensor,
     end_seen: gl.tensor,
+    length: gl.tensor,
     PAGED: gl.constexpr,
     PAGE_SIZE: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BOX: gl.constexpr,
     HEAD_MAIN: gl.constexpr,
     HEAD_TAIL: gl.constexpr,
+    TOGETHER: gl.constexpr,
     STAGES: gl.constexpr,
 ) -> None:
     """The warp that has the copy engine fill the ring; arguments as of `load_tile`."""
-    for i in range(tiles):
+    last = tiles - 1
+    for i in range(last):
+        slot = i % STAGES
         load_tile(
-            i, start + i * BLOCK_N, key, value, k_boxes, k_tail_boxes, v_boxes, k_full, k_free, v_full, v_free,
-            table_row, dead_page, kv_head, first_place, first_seen, end_seen, PAGED, PAGE_SIZE, BLOCK_N, BOX,
-            HEAD_MAIN, HEAD_TAIL, STAGES,
+            i, start + i * BLOCK_N, key, value, k_boxes, k_tail_boxes, v_boxes, k_full, slot, k_free, v_full, slot,
+            v_free, table_row, dead_page, kv_head, first_place, first_seen, end_seen, PAGED, PAGE_SIZE, BLOCK_N, BOX,
+            HEAD_MAIN, HEAD_TAIL, TOGETHER, STAGES,
         )  # fmt: skip
+    # The last tile alone can reach past the row's keys. What lies there may be NaN, and a weight of zero times NaN is
+    # no zero: of its values the others hear when this warp has cleared them.
+    slot = last % STAGES
+    load_tile(
+        last, start + last * BLOCK_N, key, value, k_boxes, k_tail_boxes, v_boxes, landed if TOGETHER else k_full,
+        0 if TOGETHER else slot, k_free, landed, 0, v_free, table_row, dead_page, kv_head, first_place, first_seen,
+        end_seen, PAGED, PAGE_SIZE, BLOCK_N, BOX, HEAD_MAIN, HEAD_TAIL, TOGETHER, STAGES,
+    )  # fmt: skip
+    mbarrier.wait(landed.index(0), 0)
+    clear_dead_values(v_pieces, slot, length - start - last * BLOCK_N, BLOCK_N, BOX, HEAD_MAIN)
+    fence_async_shared()
+    thread_barrier()
+    mbarrier.arrive(v_full.index(slot), count=1)
+
+
+@gluon.jit
+def clear_dead_values(
+    v_pieces: gl.shared_memory_descriptor,
+    slot: gl.tensor,
+    alive: gl.tensor,  # keys of the slot's tile that the row has
+    BLOCK_N: gl.constexpr,
+    BOX: gl.constexpr,
+    HEAD_MAIN: gl.constexpr,
+) -> None:
+    """One warp: zeros for the values of a tile past the row's end, in the box that holds it.
+
+    Boxes past that one were asked for by a number that there is not, and are zeros already.
+    """
+    KEYS: gl.constexpr = 8  # of a piece
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
+    rows = gl.arange(0, KEYS, layout=gl.SliceLayout(1, layout))
+    stop = gl.minimum(gl.cdiv(alive, BOX) * BOX, BLOCK_N)
+    for piece in range(alive // KEYS, stop // KEYS):
+        for block in gl.static_range(HEAD_MAIN // BOX_COLUMNS):
+            values = v_pieces.index((slot * (HEAD_MAIN // BOX_COLUMNS) + block) * (BLOCK_N // KEYS) + piece)
+            values.store(gl.where((piece * KEYS + rows < alive)[:, None], values.load(layout), 0.0))
 
 
 @gluon.jit
@@ -132,6 +184,7 @@ def gather_tiles(
     BLOCK_N: gl.constexpr,
     HEAD_MAIN: gl.constexpr,
     HEAD_TAIL: gl.constexpr,
+    TOGETHER: gl.constexpr,
     STAGES: gl.constexpr,
 ) -> None:
     """The warps that gather keys into the ring; arguments as of `gather_tile`."""
@@ -139,7 +192,7 @@ def gather_tiles(
         gather_tile(
             i, start + i * BLOCK_N, key, value, k_ring, k_tail_ring, v_ring, k_full, k_free, v_full, v_free, table_row,
             key_page_stride, key_token_stride, value_page_stride, value_token_stride, first_seen, end_seen,
-            PAGE_SIZE, BLOCK_N, HEAD_MAIN, HEAD_TAIL, STAGES,
+            PAGE_SIZE, BLOCK_N, HEAD_MAIN, HEAD_TAIL, TOGETHER, STAGES,
         )  # fmt: skip
 
 
@@ -153,7 +206,6 @@ def load_queries(
     query_end: gl.tensor,
     query_token_stride: gl.tensor,
     query_head_stride: gl.tensor,
-    heads: gl.tensor,
     PACK: gl.constexpr,
     FIRST_COLUMN: gl.constexpr,
     COLUMNS: gl.constexpr,
@@ -162,7 +214,7 @@ def load_queries(
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     lanes = which * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, wide))
     tokens = first_query + lanes // PACK
-    here = (tokens < query_end) & (lanes % PACK < heads)
+    here = tokens < query_end
     addresses = query + tokens.to(gl.int64) * query_token_stride + (first_head + lanes % PACK) * query_head_stride
     columns = FIRST_COLUMN + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, wide))
     rows.store(gl.load(addresses[:, None] + columns[None, :], mask=here[:, None], other=0.0))
@@ -175,32 +227,19 @@ def multiply_keys(
     k_ring: gl.shared_memory_descriptor,
     k_tail_ring: gl.shared_memory_descriptor,
     stage: gl.tensor,
+    first: gl.constexpr,
+    KEYS: gl.constexpr,
     HEAD_TAIL: gl.constexpr,
-    BLOCK_N: gl.constexpr,
 ) -> gl.tensor:
-    """Start the products of a warpgroup's queries and the keys in a slot of the ring; not waited for."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    scores = gl.zeros([64, BLOCK_N], gl.float32, layout=layout)
-    scores = warpgroup_mma(q_rows, k_ring.index(stage).permute((1, 0)), scores, use_acc=False, is_async=True)
+    """Start the products of a warpgroup's queries and some keys of a slot of the ring; not waited for."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    keys = k_ring.index(stage).slice(first, KEYS, dim=0)
+    scores = gl.zeros([64, KEYS], gl.float32, layout=layout)
+    scores = warpgroup_mma(q_rows, keys.permute((1, 0)), scores, use_acc=False, is_async=True)
     if HEAD_TAIL:
-        scores = warpgroup_mma(q_tail_rows, k_tail_ring.index(stage).permute((1, 0)), scores, is_async=True)
+        keys = k_tail_ring.index(stage).slice(first, KEYS, dim=0)
+        scores = warpgroup_mma(q_tail_rows, keys.permute((1, 0)), scores, is_async=True)
     return scores
-
-
-@gluon.jit
-def tops_of(scores: gl.tensor, SIDE_BY_SIDE: gl.constexpr) -> gl.tensor:
-    """The maximum of each row of scores [64, BLOCK_N].
-
-    SIDE_BY_SIDE: by columns that are eight apart first. A thread, which has two of eight neighbours, then takes two
-    maxima of a row side by side; else one, each step of which waits for the step before. Heads of 64, whose products
-    are short, gain 3 % by it; with heads of 128 it was 1 % slower.
-    """
-    if SIDE_BY_SIDE:
-        tops = gl.max(gl.reshape(scores, [scores.shape[0], scores.shape[1] // 8, 8]), 1)
-        result = gl.convert_layout(gl.max(tops, 1), gl.SliceLayout(1, scores.type.layout))
-    else:
-        result = gl.max(scores, 1)
-    return result
 
 
 @gluon.jit
@@ -223,7 +262,6 @@ def weigh(
     HAS_SOFT_CAP: gl.constexpr,
     HAS_SLOPES: gl.constexpr,
     BLOCK_N: gl.constexpr,
-    HEAD_MAIN: gl.constexpr,
 ) -> gl.tensor:
     """The weights of a tile, and of the online softmax the new sum, the new maximum, and what decays the old output."""
     scores = products
@@ -237,7 +275,7 @@ def weigh(
     if MASKED:
         seen = sees(keys[None, :], positions[:, None], length, left, right, CAUSAL, HAS_LEFT, HAS_RIGHT)
         scores = gl.where(seen, scores, float("-inf"))
-    tops = tops_of(scores, HEAD_MAIN == 64)
+    tops = gl.max(scores, 1)
     if HAS_SOFT_CAP or HAS_SLOPES:
         new_top = gl.maximum(top, tops)
         weights = gl.exp2(scores - new_top[:, None])
@@ -296,14 +334,14 @@ def attend_tile(
     # Barrier `turns[w]` takes one arrival a tile, from the other warpgroup when it has issued its products. The first
     # warpgroup begins, so its wait for tile i is for the arrival of tile i - 1; the second's is for that of tile i.
     mbarrier.wait(turns.index(which), (i & 1) ^ (which ^ 1))
-    scores = multiply_keys(q_rows, q_tail_rows, k_ring, k_tail_ring, stage, HEAD_TAIL, BLOCK_N)
+    scores = multiply_keys(q_rows, q_tail_rows, k_ring, k_tail_ring, stage, 0, BLOCK_N, HEAD_TAIL)
     acc = warpgroup_mma(p, v_ring.index(before), acc, is_async=True)
     mbarrier.arrive(turns.index(which ^ 1), count=1)
     scores = warpgroup_mma_wait(1, deps=[scores])
     mbarrier.arrive(k_free.index(stage), count=1)
     weights, total, top, decay = weigh(
         scores, total, top, start + i * BLOCK_N, positions, length, row_slopes, left, right, score_scale, cap,
-        MASKED, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, HAS_SLOPES, BLOCK_N, q_rows.shape[1],
+        MASKED, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, HAS_SLOPES, BLOCK_N,
     )  # fmt: skip
     next_p = gl.convert_layout(weights.to(p.dtype), p.type.layout)
     total = worked_out(total)
@@ -314,102 +352,61 @@ def attend_tile(
 
 
 @gluon.jit
-def attend(
-    which: gl.constexpr,  # of the two warpgroups
-    q: gl.shared_memory_descriptor,  # [2, 64, HEAD_MAIN] shared memory
-    q_tail: gl.shared_memory_descriptor,  # [2, 64, HEAD_TAIL]
-    k_ring: gl.shared_memory_descriptor,  # [STAGES, BLOCK_N, HEAD_MAIN]
+def attend_in_turns(
+    which: gl.constexpr,
+    q_rows: gl.shared_memory_descriptor,
+    q_tail_rows: gl.shared_memory_descriptor,
+    k_ring: gl.shared_memory_descriptor,
     k_tail_ring: gl.shared_memory_descriptor,
-    v_ring: gl.shared_memory_descriptor,  # [STAGES, BLOCK_N, HEAD_MAIN]
+    v_ring: gl.shared_memory_descriptor,
     k_full: gl.shared_memory_descriptor,
     k_free: gl.shared_memory_descriptor,
     v_full: gl.shared_memory_descriptor,
     v_free: gl.shared_memory_descriptor,
     turns: gl.shared_memory_descriptor,
-    query: gl.tensor,
-    out: gl.tensor,
-    lse: gl.tensor,
-    sinks: gl.tensor,
-    slopes: gl.tensor,
-    kv_head: gl.tensor,
-    first_group_head: gl.tensor,
-    first_query: gl.tensor,
-    query_end: gl.tensor,
-    first_position: gl.tensor,
-    length: gl.tensor,
     start: gl.tensor,
     tiles: gl.tensor,
-    common_start: gl.tensor,  # tiles in which every query sees every key
+    common_start: gl.tensor,
     common_end: gl.tensor,
-    score_scale: gl.tensor,
-    cap: gl.tensor,
+    positions: gl.tensor,
+    length: gl.tensor,
+    row_slopes: gl.tensor,
     left: gl.tensor,
     right: gl.tensor,
-    query_token_stride: gl.tensor,
-    query_head_stride: gl.tensor,
-    out_token_stride: gl.tensor,
-    out_head_stride: gl.tensor,
-    lse_token_stride: gl.tensor,
-    lse_head_stride: gl.tensor,
-    GROUP: gl.constexpr,
-    PACK: gl.constexpr,
+    score_scale: gl.tensor,
+    cap: gl.tensor,
     CAUSAL: gl.constexpr,
     HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr,
     HAS_SOFT_CAP: gl.constexpr,
+    HAS_SLOPES: gl.constexpr,
     BOX: gl.constexpr,
     BLOCK_N: gl.constexpr,
-    HEAD_MAIN: gl.constexpr,
     HEAD_TAIL: gl.constexpr,
     STAGES: gl.constexpr,
-) -> None:
-    """One warpgroup: 64 rows of queries against all tiles, and their output."""
-    ROWS: gl.constexpr = 64
+) -> gl.tensor:
+    """All tiles, the two warpgroups by turns: returns the output, its last product under way, and total and top."""
+    HEAD_MAIN: gl.constexpr = q_rows.shape[1]
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_MAIN, 16])
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    HAS_SLOPES: gl.constexpr = slopes is not None
-
-    q_rows = q.index(which)
-    load_queries(
-        q_rows, query, which, kv_head * GROUP + first_group_head, first_query, query_end, query_token_stride,
-        query_head_stride, GROUP - first_group_head, PACK, 0, HEAD_MAIN,
-    )  # fmt: skip
-    q_tail_rows = q_rows
-    if HEAD_TAIL:
-        q_tail_rows = q_tail.index(which)
-        load_queries(
-            q_tail_rows, query, which, kv_head * GROUP + first_group_head, first_query, query_end, query_token_stride,
-            query_head_stride, GROUP - first_group_head, PACK, HEAD_MAIN, HEAD_TAIL,
-        )  # fmt: skip
-    fence_async_shared()
-    thread_barrier()  # every thread's rows are there before the first product reads them
-
-    lanes = which * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout))
-    positions = first_position + lanes // PACK
-    row_slopes = gl.zeros([ROWS], gl.float32, layout=gl.SliceLayout(1, s_layout))
-    if HAS_SLOPES:
-        group_heads = first_group_head + lanes % PACK
-        row_slopes = gl.load(slopes + kv_head * GROUP + group_heads, mask=group_heads < GROUP, other=0.0) * LOG2E
-
-    acc = gl.zeros([ROWS, HEAD_MAIN], gl.float32, layout=o_layout)
-    total = gl.zeros([ROWS], gl.float32, layout=gl.SliceLayout(1, s_layout))
-    top = gl.full([ROWS], LOWEST, gl.float32, layout=gl.SliceLayout(1, s_layout))
+    acc = gl.zeros([64, HEAD_MAIN], gl.float32, layout=o_layout)
+    total = gl.zeros([64], gl.float32, layout=gl.SliceLayout(1, s_layout))
+    top = gl.full([64], LOWEST, gl.float32, layout=gl.SliceLayout(1, s_layout))
 
     # The first tile has no values of a tile before it to multiply; it is masked whatever it is.
     mbarrier.wait(k_full.index(0), 0)
     if not BOX:
         fence_async_shared()
     mbarrier.wait(turns.index(which), which ^ 1)
-    scores = multiply_keys(q_rows, q_tail_rows, k_ring, k_tail_ring, 0, HEAD_TAIL, BLOCK_N)
+    scores = multiply_keys(q_rows, q_tail_rows, k_ring, k_tail_ring, 0, 0, BLOCK_N, HEAD_TAIL)
     mbarrier.arrive(turns.index(which ^ 1), count=1)
     scores = warpgroup_mma_wait(0, deps=[scores])
     mbarrier.arrive(k_free.index(0), count=1)
     weights, total, top, _ = weigh(
         scores, total, top, start, positions, length, row_slopes, left, right, score_scale, cap,
-        True, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, HAS_SLOPES, BLOCK_N, HEAD_MAIN,
+        True, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, HAS_SLOPES, BLOCK_N,
     )  # fmt: skip
-    p = gl.convert_layout(weights.to(q.dtype), gl.DotOperandLayout(0, o_layout, 2))
+    p = gl.convert_layout(weights.to(q_rows.dtype), gl.DotOperandLayout(0, o_layout, 2))
     if HAS_LEFT:
         for i in range(1, common_start):
             acc, total, top, p = attend_tile(
@@ -431,23 +428,238 @@ def attend(
         )  # fmt: skip
 
     last = tiles - 1
-    v_tile = v_ring.index(last % STAGES)
     mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
-    if BOX:
-        # Only the last tile can reach past the row's keys. All threads have cleared their part before any multiplies.
-        if start + tiles * BLOCK_N > length:
-            clear_dead_keys(v_tile, start + last * BLOCK_N, length)
-            fence_async_shared()
-            thread_barrier()
-    else:
+    if not BOX:
         fence_async_shared()
-    acc = warpgroup_mma(p, v_tile, acc, is_async=True)
+    acc = warpgroup_mma(p, v_ring.index(last % STAGES), acc, is_async=True)
+    return acc, total, top
+
+
+@gluon.jit
+def attend_tile_ahead(
+    i: gl.tensor,  # the number of the tile
+    last: gl.tensor,  # the number of the last one
+    acc: gl.tensor,  # the output, the product of the step before under way
+    total: gl.tensor,
+    top: gl.tensor,
+    scores: gl.tensor,  # of the tile's first step
+    q_rows: gl.shared_memory_descriptor,
+    k_ring: gl.shared_memory_descriptor,
+    v_ring: gl.shared_memory_descriptor,
+    full: gl.shared_memory_descriptor,
+    free: gl.shared_memory_descriptor,
+    start: gl.tensor,
+    positions: gl.tensor,
+    length: gl.tensor,
+    row_slopes: gl.tensor,
+    left: gl.tensor,
+    right: gl.tensor,
+    score_scale: gl.tensor,
+    cap: gl.tensor,
+    FIRST: gl.constexpr,  # whether it is the first tile, ahead of which there is no output
+    MASKED: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
+    HAS_SOFT_CAP: gl.constexpr,
+    HAS_SLOPES: gl.constexpr,
+    BOX: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+) -> gl.tensor:
+    """The weights of tile i in two steps, and under each the output of the step before and the scores of the next.
+
+    Returns acc, total, top and the scores of the next tile's first step.
+    """
+    KEYS: gl.constexpr = BLOCK_N // 2  # of a step
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, q_rows.shape[1], 16])
+    for step in gl.static_range(2):
+        # After the last step there is none. Its first one is multiplied again, for nothing: the keys still lie there.
+        following = gl.minimum(i + step, last)
+        if step == 1:
+            mbarrier.wait(full.index(following % STAGES), (following // STAGES) & 1)
+            if not BOX:
+                fence_async_shared()
+        next_scores = multiply_keys(q_rows, q_rows, k_ring, k_ring, following % STAGES, (1 - step) * KEYS, KEYS, 0)
+        weights, total, top, decay = weigh(
+            scores, total, top, start + i * BLOCK_N + step * KEYS, positions, length, row_slopes, left, right,
+            score_scale, cap, MASKED, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, HAS_SLOPES, KEYS,
+        )  # fmt: skip
+        p = gl.convert_layout(weights.to(q_rows.dtype), gl.DotOperandLayout(0, o_layout, 2))
+        total = worked_out(total)
+        if FIRST and step == 0:
+            scores = warpgroup_mma_wait(0, deps=[next_scores])
+        else:
+            scores, acc = warpgroup_mma_wait(0, deps=[next_scores, acc])
+        if step == 0 and not FIRST:
+            mbarrier.arrive(free.index((i - 1) % STAGES), count=1)
+        acc = rescaled(acc, gl.convert_layout(decay, gl.SliceLayout(1, o_layout))[:, None])
+        acc = warpgroup_mma(p, v_ring.index(i % STAGES).slice(step * KEYS, KEYS, dim=0), acc, is_async=True)
+    return acc, total, top, scores
+
+
+@gluon.jit
+def attend_ahead(
+    q_rows: gl.shared_memory_descriptor,
+    k_ring: gl.shared_memory_descriptor,
+    v_ring: gl.shared_memory_descriptor,
+    full: gl.shared_memory_descriptor,
+    free: gl.shared_memory_descriptor,
+    start: gl.tensor,
+    tiles: gl.tensor,
+    common_start: gl.tensor,
+    common_end: gl.tensor,
+    positions: gl.tensor,
+    length: gl.tensor,
+    row_slopes: gl.tensor,
+    left: gl.tensor,
+    right: gl.tensor,
+    score_scale: gl.tensor,
+    cap: gl.tensor,
+    CAUSAL: gl.constexpr,
+    HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
+    HAS_SOFT_CAP: gl.constexpr,
+    HAS_SLOPES: gl.constexpr,
+    BOX: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+) -> gl.tensor:
+    """All tiles, in steps of half a tile, scores a step ahead; returns as `attend_in_turns`."""
+    HEAD_MAIN: gl.constexpr = q_rows.shape[1]
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N // 2, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_MAIN, 16])
+    acc = gl.zeros([64, HEAD_MAIN], gl.float32, layout=o_layout)
+    total = gl.zeros([64], gl.float32, layout=gl.SliceLayout(1, s_layout))
+    top = gl.full([64], LOWEST, gl.float32, layout=gl.SliceLayout(1, s_layout))
+
+    mbarrier.wait(full.index(0), 0)
+    if not BOX:
+        fence_async_shared()
+    scores = multiply_keys(q_rows, q_rows, k_ring, k_ring, 0, 0, BLOCK_N // 2, 0)
+    scores = warpgroup_mma_wait(0, deps=[scores])
+    last = tiles - 1
+    acc, total, top, scores = attend_tile_ahead(
+        tiles * 0, last, acc, total, top, scores, q_rows, k_ring, v_ring, full, free, start, positions, length,
+        row_slopes, left, right, score_scale, cap, True, True, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP,
+        HAS_SLOPES, BOX, BLOCK_N, STAGES,
+    )  # fmt: skip
+    if HAS_LEFT:
+        for i in range(1, common_start):
+            acc, total, top, scores = attend_tile_ahead(
+                i, last, acc, total, top, scores, q_rows, k_ring, v_ring, full, free, start, positions, length,
+                row_slopes, left, right, score_scale, cap, False, True, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP,
+                HAS_SLOPES, BOX, BLOCK_N, STAGES,
+            )  # fmt: skip
+    for i in range(gl.maximum(common_start, 1), common_end):
+        acc, total, top, scores = attend_tile_ahead(
+            i, last, acc, total, top, scores, q_rows, k_ring, v_ring, full, free, start, positions, length,
+            row_slopes, left, right, score_scale, cap, False, False, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP,
+            HAS_SLOPES, BOX, BLOCK_N, STAGES,
+        )  # fmt: skip
+    for i in range(gl.maximum(common_end, 1), tiles):
+        acc, total, top, scores = attend_tile_ahead(
+            i, last, acc, total, top, scores, q_rows, k_ring, v_ring, full, free, start, positions, length,
+            row_slopes, left, right, score_scale, cap, False, True, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP,
+            HAS_SLOPES, BOX, BLOCK_N, STAGES,
+        )  # fmt: skip
+    return acc, total, top
+
+
+@gluon.jit
+def attend(
+    which: gl.constexpr,  # of the warpgroups
+    q: gl.shared_memory_descriptor,  # [WARPGROUPS, 64, HEAD_MAIN] shared memory
+    q_tail: gl.shared_memory_descriptor,  # [WARPGROUPS, 64, HEAD_TAIL]
+    k_ring: gl.shared_memory_descriptor,  # [STAGES, BLOCK_N, HEAD_MAIN]
+    k_tail_ring: gl.shared_memory_descriptor,
+    v_ring: gl.shared_memory_descriptor,  # [STAGES, BLOCK_N, HEAD_MAIN]
+    k_full: gl.shared_memory_descriptor,
+    k_free: gl.shared_memory_descriptor,
+    v_full: gl.shared_memory_descriptor,
+    v_free: gl.shared_memory_descriptor,
+    turns: gl.shared_memory_descriptor,
+    query: gl.tensor,
+    out: gl.tensor,
+    lse: gl.tensor,
+    sinks: gl.tensor,
+    slopes: gl.tensor,
+    first_head: gl.tensor,
+    first_query: gl.tensor,
+    query_end: gl.tensor,
+    first_position: gl.tensor,
+    length: gl.tensor,
+    start: gl.tensor,
+    tiles: gl.tensor,
+    common_start: gl.tensor,  # tiles in which every query sees every key
+    common_end: gl.tensor,
+    score_scale: gl.tensor,
+    cap: gl.tensor,
+    left: gl.tensor,
+    right: gl.tensor,
+    query_token_stride: gl.tensor,
+    query_head_stride: gl.tensor,
+    out_token_stride: gl.tensor,
+    out_head_stride: gl.tensor,
+    lse_token_stride: gl.tensor,
+    lse_head_stride: gl.tensor,
+    PACK: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
+    HAS_SOFT_CAP: gl.constexpr,
+    BOX: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    HEAD_MAIN: gl.constexpr,
+    HEAD_TAIL: gl.constexpr,
+    AHEAD: gl.constexpr,
+    STAGES: gl.constexpr,
+) -> None:
+    """One warpgroup: 64 rows of queries against all tiles, and their output."""
+    ROWS: gl.constexpr = 64
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N // 2 if AHEAD else BLOCK_N, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_MAIN, 16])
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    HAS_SLOPES: gl.constexpr = slopes is not None
+
+    q_rows = q.index(which)
+    load_queries(
+        q_rows, query, which, first_head, first_query, query_end, query_token_stride,
+        query_head_stride, PACK, 0, HEAD_MAIN,
+    )  # fmt: skip
+    q_tail_rows = q_rows
+    if HEAD_TAIL:
+        q_tail_rows = q_tail.index(which)
+        load_queries(
+            q_tail_rows, query, which, first_head, first_query, query_end, query_token_stride,
+            query_head_stride, PACK, HEAD_MAIN, HEAD_TAIL,
+        )  # fmt: skip
+    fence_async_shared()
+    thread_barrier()  # every thread's rows are there before the first product reads them
+
+    lanes = which * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout))
+    positions = first_position + lanes // PACK
+    row_slopes = gl.zeros([ROWS], gl.float32, layout=gl.SliceLayout(1, s_layout))
+    if HAS_SLOPES:
+        row_slopes = gl.load(slopes + first_head + lanes % PACK) * LOG2E
+
+    if AHEAD:
+        acc, total, top = attend_ahead(
+            q_rows, k_ring, v_ring, k_full, k_free, start, tiles, common_start, common_end, positions, length,
+            row_slopes, left, right, score_scale, cap, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, HAS_SLOPES, BOX,
+            BLOCK_N, STAGES,
+        )  # fmt: skip
+    else:
+        acc, total, top = attend_in_turns(
+            which, q_rows, q_tail_rows, k_ring, k_tail_ring, v_ring, k_full, k_free, v_full, v_free, turns, start,
+            tiles, common_start, common_end, positions, length, row_slopes, left, right, score_scale, cap, CAUSAL,
+            HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, HAS_SLOPES, BOX, BLOCK_N, HEAD_TAIL, STAGES,
+        )  # fmt: skip
 
     factor = gl.full([ROWS], 1.0, gl.float32, layout=gl.SliceLayout(1, s_layout))
-    group_heads = first_group_head + lanes % PACK
-    heads = kv_head * GROUP + group_heads
+    heads = first_head + lanes % PACK
     query_tokens = first_query + lanes // PACK
-    ours = (query_tokens < query_end) & (group_heads < GROUP)
+    ours = query_tokens < query_end
     if sinks is not None:
         sink_scores = gl.load(sinks + heads, mask=ours, other=0.0).to(gl.float32)
         wanted = sees_any(positions, length, left, right, CAUSAL, HAS_LEFT, HAS_RIGHT)
@@ -464,13 +676,32 @@ def attend(
     thread_barrier()
     wide_lanes = which * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, wide))
     wide_tokens = first_query + wide_lanes // PACK
-    wide_group_heads = first_group_head + wide_lanes % PACK
-    wide_ours = (wide_tokens < query_end) & (wide_group_heads < GROUP)
-    out_rows = (
-        out + wide_tokens.to(gl.int64) * out_token_stride + (kv_head * GROUP + wide_group_heads) * out_head_stride
-    )
+    out_rows = out + wide_tokens.to(gl.int64) * out_token_stride + (first_head + wide_lanes % PACK) * out_head_stride
     columns = gl.arange(0, HEAD_MAIN, layout=gl.SliceLayout(0, wide))
-    gl.store(out_rows[:, None] + columns[None, :], q_rows.load(wide), mask=wide_ours[:, None])
+    gl.store(out_rows[:, None] + columns[None, :], q_rows.load(wide), mask=(wide_tokens < query_end)[:, None])
+
+
+@gluon.jit
+def attend_as(
+    which: gl.constexpr,
+    others: gl.tuple,
+    PACK: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
+    HAS_SOFT_CAP: gl.constexpr,
+    BOX: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    HEAD_MAIN: gl.constexpr,
+    HEAD_TAIL: gl.constexpr,
+    AHEAD: gl.constexpr,
+    STAGES: gl.constexpr,
+) -> None:
+    """`attend` as one of the warpgroups."""
+    attend(
+        which, *others, PACK, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, BOX, BLOCK_N, HEAD_MAIN, HEAD_TAIL, AHEAD,
+        STAGES,
+    )  # fmt: skip
 
 
 @gluon.jit(
@@ -521,7 +752,7 @@ def prefill_kernel(
     lse_head_stride: gl.tensor,
     table_stride: gl.tensor,
     GROUP: gl.constexpr,  # query heads of one key-value head
-    PACK: gl.constexpr,  # of them, how many share a program; a power of two
+    PACK: gl.constexpr,  # of them, how many share a program; a power of two that divides GROUP
     MORE_THAN: gl.constexpr,  # rows with no more queries than this are left to another kernel
     CAUSAL: gl.constexpr,
     HAS_LEFT: gl.constexpr,
@@ -533,18 +764,20 @@ def prefill_kernel(
     BLOCK_N: gl.constexpr,
     HEAD_MAIN: gl.constexpr,
     HEAD_TAIL: gl.constexpr,
+    WARPGROUPS: gl.constexpr,  # that attend, of 64 rows each; two, or where scores run ahead three
+    AHEAD: gl.constexpr,
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,  # of a thread that attends
     LOAD_REGISTERS: gl.constexpr,  # of a thread that loads
 ) -> None:
     """One program attends for one block of queries of a row and PACK of its heads; see `hopper_kernel.prefill`."""
-    BLOCK_M: gl.constexpr = 128
+    gl.static_assert(WARPGROUPS == 2 or AHEAD, "three warpgroups cannot attend by turns")
+    BLOCK_M: gl.constexpr = 64 * WARPGROUPS
     QUERIES: gl.constexpr = BLOCK_M // PACK
-    PACKS: gl.constexpr = (GROUP + PACK - 1) // PACK
-    LOAD_WARPS: gl.constexpr = 1 if BOX else GATHERING_WARPS
+    PACKS: gl.constexpr = GROUP // PACK
     pack, block = place_of(gl.program_id(0), packs, together, gl.num_programs(0) // packs)
     kv_head = pack // PACKS
-    first_group_head = pack % PACKS * PACK
+    first_head = kv_head * GROUP + pack % PACKS * PACK
     row, first_block = row_of_block(query_starts, rows, block, QUERIES)
     row_start = gl.load(query_starts + row)
     row_end = tokens
@@ -586,78 +819,101 @@ def prefill_kernel(
 
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     DTYPE: gl.constexpr = out.dtype.element_ty
-    q = gl.allocate_shared_memory(DTYPE, [2, 64, HEAD_MAIN], layout)
+    q = gl.allocate_shared_memory(DTYPE, [WARPGROUPS, 64, HEAD_MAIN], layout)
     k_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, HEAD_MAIN], layout)
     v_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, HEAD_MAIN], layout)
     q_tail = q
     k_tail_ring = k_ring
     if HEAD_TAIL:
-        q_tail = gl.allocate_shared_memory(DTYPE, [2, 64, HEAD_TAIL], layout)
+        q_tail = gl.allocate_shared_memory(DTYPE, [WARPGROUPS, 64, HEAD_TAIL], layout)
         k_tail_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, HEAD_TAIL], layout)
-    k_full, k_free, v_full, v_free = make_barriers(2, BOX, STAGES)
+    k_full, k_free, v_full, v_free = make_barriers(WARPGROUPS, BOX, AHEAD, STAGES)
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for warpgroup in gl.static_range(2):
         mbarrier.init(turns.index(warpgroup), count=1)
+    landed = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(landed.index(0), count=1)
     fence_async_shared()
     thread_barrier()
 
     score_scale = scale_of_scores(scale, soft_cap, HAS_SOFT_CAP)
     cap = soft_cap * LOG2E
+    attends = (
+        q, q_tail, k_ring, k_tail_ring, v_ring, k_full, k_free, v_full, v_free, turns, query, out, lse, sinks, slopes,
+        first_head, first_query, row_end, first_position, length, start, tiles, common_start, common_end,
+        score_scale, cap, left, right, query_token_stride, query_head_stride, out_token_stride, out_head_stride,
+        lse_token_stride, lse_head_stride,
+    )  # fmt: skip
     if BOX:
         k_boxes = as_boxes(k_ring, BLOCK_N, BOX, HEAD_MAIN, STAGES)
         v_boxes = as_boxes(v_ring, BLOCK_N, BOX, HEAD_MAIN, STAGES)
         k_tail_boxes = k_boxes
         if HEAD_TAIL:
             k_tail_boxes = as_boxes(k_tail_ring, BLOCK_N, BOX, HEAD_TAIL, STAGES)
-        gl.warp_specialize(
-            [
-                (attend, (
-                    0, q, q_tail, k_ring, k_tail_ring, v_ring, k_full, k_free, v_full, v_free, turns, query, out, lse,
-                    sinks, slopes, kv_head, first_group_head, first_query, row_end, first_position, length, start,
-                    tiles, common_start, common_end, score_scale, cap, left, right, query_token_stride,
-                    query_head_stride, out_token_stride, out_head_stride, lse_token_stride, lse_head_stride, GROUP,
-                    PACK, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, BOX, BLOCK_N, HEAD_MAIN, HEAD_TAIL, STAGES,
-                )),
-                (attend, (
-                    1, q, q_tail, k_ring, k_tail_ring, v_ring, k_full, k_free, v_full, v_free, turns, query, out, lse,
-                    sinks, slopes, kv_head, first_group_head, first_query, row_end, first_position, length, start,
-                    tiles, common_start, common_end, score_scale, cap, left, right, query_token_stride,
-                    query_head_stride, out_token_stride, out_head_stride, lse_token_stride, lse_head_stride, GROUP,
-                    PACK, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, BOX, BLOCK_N, HEAD_MAIN, HEAD_TAIL, STAGES,
-                )),
-                (load_tiles, (
-                    start, tiles, key, value, k_boxes, k_tail_boxes, v_boxes, k_full, k_free, v_full, v_free,
-                    table_row, pages, kv_head, first_place, first_seen, end_seen, PAGED, PAGE_SIZE, BLOCK_N, BOX,
-                    HEAD_MAIN, HEAD_TAIL, STAGES,
-                )),
-            ],
-            [4, LOAD_WARPS],
-            [REGISTERS, LOAD_REGISTERS],
-        )  # fmt: skip
+        PIECES: gl.constexpr = STAGES * (HEAD_MAIN // BOX_COLUMNS) * (BLOCK_N // 8)
+        v_pieces = reinterpret(v_ring, DTYPE, [PIECES, 8, BOX_COLUMNS], layout)
+        if WARPGROUPS == 3:
+            gl.warp_specialize(
+                [
+                    (attend_as, (
+                        0, attends, PACK, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, BOX, BLOCK_N, HEAD_MAIN,
+                        HEAD_TAIL, AHEAD, STAGES,
+                    )),
+                    (attend_as, (
+                        1, attends, PACK, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, BOX, BLOCK_N, HEAD_MAIN,
+                        HEAD_TAIL, AHEAD, STAGES,
+                    )),
+                    (attend_as, (
+                        2, attends, PACK, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, BOX, BLOCK_N, HEAD_MAIN,
+                        HEAD_TAIL, AHEAD, STAGES,
+                    )),
+                    (load_tiles, (
+                        start, tiles, key, value, k_boxes, k_tail_boxes, v_boxes, v_pieces, k_full, k_free, v_full,
+                        v_free, landed, table_row, pages, kv_head, first_place, first_seen, end_seen, length, PAGED,
+                        PAGE_SIZE, BLOCK_N, BOX, HEAD_MAIN, HEAD_TAIL, AHEAD, STAGES,
+                    )),
+                ],
+                [4, 4, 1],
+                [REGISTERS, REGISTERS, LOAD_REGISTERS],
+            )  # fmt: skip
+        else:
+            gl.warp_specialize(
+                [
+                    (attend_as, (
+                        0, attends, PACK, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, BOX, BLOCK_N, HEAD_MAIN,
+                        HEAD_TAIL, AHEAD, STAGES,
+                    )),
+                    (attend_as, (
+                        1, attends, PACK, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, BOX, BLOCK_N, HEAD_MAIN,
+                        HEAD_TAIL, AHEAD, STAGES,
+                    )),
+                    (load_tiles, (
+                        start, tiles, key, value, k_boxes, k_tail_boxes, v_boxes, v_pieces, k_full, k_free, v_full,
+                        v_free, landed, table_row, pages, kv_head, first_place, first_seen, end_seen, length, PAGED,
+                        PAGE_SIZE, BLOCK_N, BOX, HEAD_MAIN, HEAD_TAIL, AHEAD, STAGES,
+                    )),
+                ],
+                [4, 1],
+                [REGISTERS, LOAD_REGISTERS],
+            )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (attend, (
-                    0, q, q_tail, k_ring, k_tail_ring, v_ring, k_full, k_free, v_full, v_free, turns, query, out, lse,
-                    sinks, slopes, kv_head, first_group_head, first_query, row_end, first_position, length, start,
-                    tiles, common_start, common_end, score_scale, cap, left, right, query_token_stride,
-                    query_head_stride, out_token_stride, out_head_stride, lse_token_stride, lse_head_stride, GROUP,
-                    PACK, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, BOX, BLOCK_N, HEAD_MAIN, HEAD_TAIL, STAGES,
+                (attend_as, (
+                    0, attends, PACK, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, BOX, BLOCK_N, HEAD_MAIN,
+                    HEAD_TAIL, AHEAD, STAGES,
                 )),
-                (attend, (
-                    1, q, q_tail, k_ring, k_tail_ring, v_ring, k_full, k_free, v_full, v_free, turns, query, out, lse,
-                    sinks, slopes, kv_head, first_group_head, first_query, row_end, first_position, length, start,
-                    tiles, common_start, common_end, score_scale, cap, left, right, query_token_stride,
-                    query_head_stride, out_token_stride, out_head_stride, lse_token_stride, lse_head_stride, GROUP,
-                    PACK, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, BOX, BLOCK_N, HEAD_MAIN, HEAD_TAIL, STAGES,
+                (attend_as, (
+                    1, attends, PACK, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, BOX, BLOCK_N, HEAD_MAIN,
+                    HEAD_TAIL, AHEAD, STAGES,
                 )),
                 (gather_tiles, (
                     start, tiles, key + kv_head.to(gl.int64) * key_head_stride * PIECE,
                     value + kv_head.to(gl.int64) * value_head_stride * PIECE, k_ring, k_tail_ring, v_ring, k_full,
                     k_free, v_full, v_free, table_row, key_page_stride, key_token_stride, value_page_stride,
-                    value_token_stride, first_seen, end_seen, PAGE_SIZE, BLOCK_N, HEAD_MAIN, HEAD_TAIL, STAGES,
+                    value_token_stride, first_seen, end_seen, PAGE_SIZE, BLOCK_N, HEAD_MAIN, HEAD_TAIL, AHEAD, STAGES,
                 )),
             ],
-            [4, LOAD_WARPS],
+            [4, GATHERING_WARPS],
             [REGISTERS, LOAD_REGISTERS],
         )  # fmt: skip

@@ -32,19 +32,27 @@ PIECE = gl.constexpr(ELEMENTS_OF_PIECE)
 
 
 @gluon.jit
-def make_barriers(READERS: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr) -> gl.tensor:
-    """The barriers of a ring: k_full, k_free, v_full, v_free; READERS partitions read each slot."""
+def make_barriers(READERS: gl.constexpr, BOX: gl.constexpr, TOGETHER: gl.constexpr, STAGES: gl.constexpr) -> gl.tensor:
+    """The barriers of a ring: k_full, k_free, v_full, v_free; READERS partitions read each slot.
+
+    TOGETHER: keys and values of a slot share theirs, which makes half as many to wait for and to arrive at.
+    """
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = k_full
+    v_free = k_free
+    if not TOGETHER:
+        v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
-        # Full: one arrival, of the warp that says how many bytes come; gathered: one of each thread that copies.
+        # Full: one arrival, of the warp that says how many bytes come; gathered: one of each thread that copies. Free:
+        # one of each partition that reads, when its products have been waited for.
         mbarrier.init(k_full.index(stage), count=1 if BOX else 32 * GATHERING_WARPS)
-        mbarrier.init(v_full.index(stage), count=1 if BOX else 32 * GATHERING_WARPS)
-        # Free: one arrival of each partition that reads, when its products have been waited for.
+        if not TOGETHER:
+            mbarrier.init(v_full.index(stage), count=1 if BOX else 32 * GATHERING_WARPS)
         mbarrier.init(k_free.index(stage), count=READERS)
-        mbarrier.init(v_free.index(stage), count=READERS)
+        if not TOGETHER:
+            mbarrier.init(v_free.index(stage), count=READERS)
     return k_full, k_free, v_full, v_free
 
 
@@ -75,8 +83,10 @@ def load_tile(
     k_tail_boxes: gl.shared_memory_descriptor,
     v_boxes: gl.shared_memory_descriptor,
     k_full: gl.shared_memory_descriptor,
+    k_told: gl.tensor,  # which of `k_full` is told when the keys are there: as a rule, that of the slot
     k_free: gl.shared_memory_descriptor,
     v_full: gl.shared_memory_descriptor,
+    v_told: gl.tensor,
     v_free: gl.shared_memory_descriptor,
     table_row: gl.tensor,  # pointer: the row's first page number; contiguous: not used
     dead_page: gl.tensor,  # a page number that the descriptor does not have: its box arrives as zeros
@@ -90,6 +100,7 @@ def load_tile(
     BOX: gl.constexpr,  # the smaller one of page and tile; contiguous: the tile
     HEAD_MAIN: gl.constexpr,
     HEAD_TAIL: gl.constexpr,
+    TOGETHER: gl.constexpr,  # whether keys and values have one barrier
     STAGES: gl.constexpr,
 ) -> None:
     """Let the copy engine bring one tile, when its slot is free; values have HEAD_MAIN columns."""
@@ -112,13 +123,14 @@ def load_tile(
         place = first_place + tile
         pages = (0,)  # type: ignore[assignment]
     mbarrier.wait(k_free.index(slot), left)
-    mbarrier.expect(k_full.index(slot), BYTES * (HEAD_MAIN + HEAD_TAIL))
-    load_columns(key, k_boxes, k_full, slot, pages, kv_head, place, 0, HEAD_MAIN, BOXES)
+    mbarrier.expect(k_full.index(k_told), BYTES * (HEAD_MAIN + HEAD_TAIL + (HEAD_MAIN if TOGETHER else 0)))
+    load_columns(key, k_boxes, k_full, k_told, slot, pages, kv_head, place, 0, HEAD_MAIN, BOXES)
     if HEAD_TAIL:
-        load_columns(key, k_tail_boxes, k_full, slot, pages, kv_head, place, HEAD_MAIN, HEAD_TAIL, BOXES)
-    mbarrier.wait(v_free.index(slot), left)
-    mbarrier.expect(v_full.index(slot), BYTES * HEAD_MAIN)
-    load_columns(value, v_boxes, v_full, slot, pages, kv_head, place, 0, HEAD_MAIN, BOXES)
+        load_columns(key, k_tail_boxes, k_full, k_told, slot, pages, kv_head, place, HEAD_MAIN, HEAD_TAIL, BOXES)
+    if not TOGETHER:
+        mbarrier.wait(v_free.index(slot), left)
+        mbarrier.expect(v_full.index(v_told), BYTES * HEAD_MAIN)
+    load_columns(value, v_boxes, v_full, v_told, slot, pages, kv_head, place, 0, HEAD_MAIN, BOXES)
 
 
 @gluon.jit
@@ -126,6 +138,7 @@ def load_columns(
     source: gl.tensor,
     boxes: gl.shared_memory_descriptor,
     full: gl.shared_memory_descriptor,
+    told: gl.tensor,
     slot: gl.tensor,
     pages: gl.tensor,
     kv_head: gl.tensor,
@@ -141,7 +154,7 @@ def load_columns(
             tma_load(
                 source,
                 [pages[box], kv_head, place, FIRST_COLUMN + block * BOX_COLUMNS],
-                full.index(slot),
+                full.index(told),
                 boxes.index((slot * BLOCKS + block) * BOXES + box),
             )
 
@@ -170,6 +183,7 @@ def gather_tile(
     BLOCK_N: gl.constexpr,
     HEAD_MAIN: gl.constexpr,
     HEAD_TAIL: gl.constexpr,
+    TOGETHER: gl.constexpr,
     STAGES: gl.constexpr,
 ) -> None:
     """As `load_tile`, key by key.
@@ -189,8 +203,9 @@ def gather_tile(
             key, k_tail_ring.index(slot), table_row, key_page_stride, key_token_stride, tile, first_seen, end_seen,
             PAGE_SIZE, BLOCK_N, HEAD_TAIL, HEAD_MAIN,
         )  # fmt: skip
-    async_copy.mbarrier_arrive(k_full.index(slot), increment_count=False)
-    mbarrier.wait(v_free.index(slot), left)
+    if not TOGETHER:
+        async_copy.mbarrier_arrive(k_full.index(slot), increment_count=False)
+        mbarrier.wait(v_free.index(slot), left)
     gather_columns(
         value, v_ring.index(slot), table_row, value_page_stride, value_token_stride, tile, first_seen, end_seen,
         PAGE_SIZE, BLOCK_N, HEAD_MAIN, 0,

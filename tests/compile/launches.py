@@ -17,6 +17,7 @@ import torch
 import triton
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -122,3 +123,17 @@ def resources_of(compiled: Any) -> Resources:
         told = subprocess.run([tool, "--dump-resource-usage", cubin], check=True, capture_output=True, text=True).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", told).groups()  # type: ignore[union-attr]
     return Resources(int(registers), int(stack))
+
+
+def threads_of(ptx: str) -> int:
+    """The threads of a program, those of all its partitions."""
+    return int(re.search(r"\.reqntid (\d+)", ptx).group(1))  # type: ignore[union-attr]
+
+
+def said_by_assembler(ptx: str) -> str:
+    """What the assembler says of a program for sm_90, its warnings among it."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", source, "-o", "/dev/null"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stderr

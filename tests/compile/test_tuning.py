@@ -19,6 +19,7 @@ from taut.benchmarks.tuning.measure import Job, compile_tile
 from taut.benchmarks.tuning.problems import questions
 from taut.benchmarks.tuning.space import space_of
 from taut.benchmarks.tuning.writing import as_json, only
+from taut.common_kernels.paged_attention import hopper_kernel
 from taut.common_kernels.tiles import built_in_tables, choose_table
 
 if TYPE_CHECKING:
@@ -177,6 +178,7 @@ def test_every_neighbour_is_launched_as_no_other(
 ) -> None:
     """Every number that is tried reaches a kernel of its provider: no two tiles are timed that do the same."""
     monkeypatch.setattr(measure, "CompileOnly", Told)
+    monkeypatch.setattr(hopper_kernel, "registers_can_move", lambda: True)
     kernels = {"mla_decode": "mla_decode_kernel", "paged_decode": "decode_kernel"}
     for one in asked(provider, page):
         start, space = todays(one), space_of(one.table_operation)

@@ -31,6 +31,7 @@ CALLS = {
 # What is launched: the fences there stand behind the making of barriers, which is not emulated.
 ENTRIES = {"mla_decode_kernel", "decode_kernel", "prefill_kernel"}
 SEEDS = range(4)
+LONGER = {"head_size": 128, "value_size": 128}
 
 
 def statements(*modules: Any) -> list[Any]:
@@ -58,12 +59,13 @@ def attend_latent() -> None:
 
 
 def attend_paged(kernels: Any) -> None:
-    """By boxes and gathered, by either kernel, under every seed."""
-    gathered = PAGED_BATCH | {"lengths": (37, 0, 5, 140, 290), "page_size": 3}
+    """By boxes and gathered, with heads of two lengths, by either kernel, under every seed."""
+    boxed, gathered = LONG, PAGED_BATCH | SHORT | {"lengths": (37, 0, 5, 140, 290), "page_size": 3}
     for seed in SEEDS:
-        for case in (PagedCase(**LONG), PagedCase(**gathered, **SHORT)):
+        # Of prefill heads of 64 go one way, longer ones another.
+        for case in (boxed, gathered, boxed | LONGER, gathered | LONGER):
             for served_by in ("decode", "prefill"):
-                test_hopper_paged.check(kernels, case, served_by, seed)
+                test_hopper_paged.check(kernels, PagedCase(**case), served_by, seed)
 
 
 @pytest.mark.parametrize(("file", "line"), statements(mla))

@@ -7,6 +7,7 @@ import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import EntryPoint
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import pluggy
@@ -295,6 +296,17 @@ def test_what_a_triton_lacks_of_gluon_is_said(monkeypatch: pytest.MonkeyPatch, n
     reasons = gluon_features.missing()
     assert reasons
     assert all("this environment's triton has no" in reason and name in reason for reason in reasons)
+
+
+@pytest.mark.parametrize(("release", "can"), [("12.8", True), ("13.1", False), ("unknown", True), (None, True)])
+def test_whether_registers_can_move_is_asked_of_the_assembler(
+    monkeypatch: pytest.MonkeyPatch, release: str | None, can: bool
+) -> None:
+    compiler = SimpleNamespace()
+    if release is not None:
+        compiler.get_ptxas = lambda _: SimpleNamespace(version=release)
+    monkeypatch.setitem(sys.modules, "triton.backends.nvidia.compiler", compiler)
+    assert gluon_features.registers_can_move.__wrapped__() is can
 
 
 # The hook that decides
