@@ -221,7 +221,11 @@ OPERATIONS: dict[str, Operation] = {
             "paged_extend",
             "dense attention over pages, many new tokens a row, causal",
             {**_DENSE, "queries": 4096, "page": 16, "float8": 0},
-            _rows("rows context queries", (1, 8192, 8192), (4, 4096, 4096), (1, 16384, 2048)),
+            _rows(
+                "key value rows context queries",
+                (128, 128, 1, 8192, 8192), (128, 128, 4, 4096, 4096), (128, 128, 1, 16384, 2048),
+                (64, 64, 1, 8192, 8192), (64, 64, 1, 8192, 2048), (64, 64, 1, 30000, 5424), (64, 64, 1, 30000, 8192),
+            ),
             _dense_traffic,
             _dense_work,
             _dense_wrong,
