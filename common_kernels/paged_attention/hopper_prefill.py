@@ -131,7 +131,7 @@ def load_tiles(
         end_seen, PAGED, PAGE_SIZE, BLOCK_N, BOX, HEAD_MAIN, HEAD_TAIL, TOGETHER, STAGES,
     )  # fmt: skip
     mbarrier.wait(landed.index(0), 0)
-    clear_dead_values(v_pieces, slot, length - start - last * BLOCK_N, BLOCK_N, BOX, HEAD_MAIN)
+    clear_dead_values(v_pieces, slot, length - start - last * BLOCK_N, PAGED, BLOCK_N, BOX, HEAD_MAIN)
     fence_async_shared()
     thread_barrier()
     mbarrier.arrive(v_full.index(slot), count=1)
@@ -142,18 +142,22 @@ def clear_dead_values(
     v_pieces: gl.shared_memory_descriptor,
     slot: gl.tensor,
     alive: gl.tensor,  # keys of the slot's tile that the row has
+    PAGED: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BOX: gl.constexpr,
     HEAD_MAIN: gl.constexpr,
 ) -> None:
-    """One warp: zeros for the values of a tile past the row's end, in the box that holds it.
+    """One warp: zeros for the values of a tile past the row's end.
 
-    Boxes past that one were asked for by a number that there is not, and are zeros already.
+    Of pages in the box that holds it: those past that one were asked for by a number that there is not, and are zeros
+    already. Where keys lie side by side the next row's follow.
     """
     KEYS: gl.constexpr = 8  # of a piece
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
     rows = gl.arange(0, KEYS, layout=gl.SliceLayout(1, layout))
-    stop = gl.minimum(gl.cdiv(alive, BOX) * BOX, BLOCK_N)
+    stop = alive * 0 + BLOCK_N
+    if PAGED:
+        stop = gl.minimum(gl.cdiv(alive, BOX) * BOX, BLOCK_N)
     for piece in range(alive // KEYS, stop // KEYS):
         for block in gl.static_range(HEAD_MAIN // BOX_COLUMNS):
             values = v_pieces.index((slot * (HEAD_MAIN // BOX_COLUMNS) + block) * (BLOCK_N // KEYS) + piece)
@@ -490,6 +494,8 @@ def attend_tile_ahead(
         if FIRST and step == 0:
             scores = warpgroup_mma_wait(0, deps=[next_scores])
         else:
+            # The weights that the product of `acc` reads are not named: over the loop's edge they would be copied. The
+            # assembler, which knows what reads them, gives their registers to nobody before this wait.
             scores, acc = warpgroup_mma_wait(0, deps=[next_scores, acc])
         if step == 0 and not FIRST:
             mbarrier.arrive(free.index((i - 1) % STAGES), count=1)

@@ -94,6 +94,22 @@ def test_ragged_contract(small: Any, case: PagedCase) -> None:
     check_ragged(small, case, case.seed)
 
 
+@pytest.mark.parametrize("head_size", [64, 128])
+@pytest.mark.parametrize("row", [2, 4])
+def test_a_neighbour_whose_values_are_not_numbers(small: Any, row: int, head_size: int) -> None:
+    """Where keys lie side by side a row's last tile, or a row without keys, ends in the keys of the next."""
+    sizes = {"head_size": head_size, "value_size": head_size}
+    inputs = build_ragged(PagedCase(**LONG | sizes))
+    _, _, value, query_starts, key_starts, _ = inputs.arguments
+    expected, _ = inputs.expected()
+    value[key_starts[row] : key_starts[row + 1]] = torch.nan
+    out, _ = inputs.outputs()
+    small.ragged_attention(*inputs.arguments, out[: inputs.tokens], **inputs.options)
+    others = torch.ones(inputs.tokens, dtype=torch.bool)
+    others[query_starts[row] : query_starts[row + 1]] = False
+    torch.testing.assert_close(out[: inputs.tokens][others].float(), expected[others].float(), atol=2e-2, rtol=2e-2)
+
+
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("page_size", [16, 3])
 @pytest.mark.parametrize("served_by", ["decode", "prefill"])
