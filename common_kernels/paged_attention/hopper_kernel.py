@@ -370,7 +370,6 @@ def launch_prefill(
         HEAD_MAIN=head_main,
         HEAD_TAIL=head_tail,
         WARPGROUPS=warpgroups,
-        AHEAD=head_main == 64,
         STAGES=tile["stages"],
         REGISTERS=(REGISTERS_OF_ALL[warpgroups] - loading) // (8 * warpgroups) * 8,
         LOAD_REGISTERS=loading,

@@ -771,12 +771,12 @@ def prefill_kernel(
     HEAD_MAIN: gl.constexpr,
     HEAD_TAIL: gl.constexpr,
     WARPGROUPS: gl.constexpr,  # that attend, of 64 rows each; two, or where scores run ahead three
-    AHEAD: gl.constexpr,
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,  # of a thread that attends
     LOAD_REGISTERS: gl.constexpr,  # of a thread that loads
 ) -> None:
     """One program attends for one block of queries of a row and PACK of its heads; see `hopper_kernel.prefill`."""
+    AHEAD: gl.constexpr = HEAD_MAIN == 64
     gl.static_assert(WARPGROUPS == 2 or AHEAD, "three warpgroups cannot attend by turns")
     BLOCK_M: gl.constexpr = 64 * WARPGROUPS
     QUERIES: gl.constexpr = BLOCK_M // PACK

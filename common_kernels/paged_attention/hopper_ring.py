@@ -249,8 +249,8 @@ def gather_columns(
 def clear_dead_keys(tile_of_values: gl.shared_memory_descriptor, first_key: gl.tensor, end: gl.tensor) -> None:
     """Zero the values of a tile that belong to no key of the row, the positions from `end` on.
 
-    What lies there may be NaN, and a weight of zero times NaN is no zero. Every partition that reads the tile does this
-    for itself; they write the same.
+    What lies there may be NaN, and a weight of zero times NaN is no zero. The four warps that read the tile do this,
+    before they multiply it.
     """
     rows: gl.constexpr = tile_of_values.shape[0]
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
