@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from taut.common_kernels.workspace import ScheduledWorkspace
 
 NUMBERS = 2048  # of partials that one program of `merge_items` reads together
+MANY_PARTIALS = 32  # of an item: from here on one warp merges sooner than two, as measured on an H200
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -259,7 +260,7 @@ def merge_items(
     heads, value = out.shape[1:]
     by_item = shape.merges_by_item(workspace.items)
     programs = workspace.items if by_item else shape.parts - 1
-    chunk, together, columns = merge_sizes(shape.parts, workspace.items, value)
+    chunk, together, columns, warps = merge_sizes(shape.parts, workspace.items, value)
     merge_items_kernel[(triton.cdiv(value, columns), triton.cdiv(rows, together), programs)](
         scratch.partials,
         scratch.lses,
@@ -278,19 +279,21 @@ def merge_items(
         BY_ITEM=by_item,
         HAS_LSE=lse is not None,
         OVERLAPPED=overlapped,
-        num_warps=2,
+        num_warps=warps,
         **launch_options(overlapped),
     )
 
 
-def merge_sizes(parts: int, items: int, value_size: int) -> tuple[int, int, int]:
-    """How many partials, rows and columns one program reads together; a pure function.
+def merge_sizes(parts: int, items: int, value_size: int) -> tuple[int, int, int, int]:
+    """How many partials, rows and columns one program reads together, and its warps; a pure function.
 
     As many partials as an item has where all items are alike, since every further round waits for memory anew. Then as
-    many columns and rows as a program can hold, so that all programs run at once. Alike for all numbers of items from
-    one power of two to the next: whoever has tried the powers has compiled every variant.
+    many columns and rows as a program can hold, so that all programs run at once. Sums over many partials go from
+    thread to thread, for which one warp needs no barrier; of few partials each thread has them all, and two warps share
+    the columns. Alike for all numbers of items from one power of two to the next: whoever has tried the powers has
+    compiled every variant.
     """
     alike = 1 << (max(items, 1).bit_length() - 1)
     chunk = min(128, max(2, triton.next_power_of_2(parts // alike)))
     columns = min(triton.next_power_of_2(value_size), max(32, NUMBERS // chunk))
-    return chunk, min(8, max(1, NUMBERS // (chunk * columns))), columns
+    return chunk, min(8, max(1, NUMBERS // (chunk * columns))), columns, 1 if chunk >= MANY_PARTIALS else 2

@@ -17,7 +17,7 @@ def test_the_powers_of_two_have_every_variant(parts: int, items: int, value_size
 
 @given(st.integers(1, 300), st.integers(1, 5000), st.sampled_from((64, 128, 512)))
 def test_all_parts_of_an_item_in_one_round_where_items_are_alike(parts: int, items: int, value_size: int) -> None:
-    chunk, rows, columns = merge_sizes(parts, items, value_size)
+    chunk, rows, columns, _ = merge_sizes(parts, items, value_size)
     assert chunk >= min(128, -(-parts // items) if items <= parts else 2)
     assert chunk * rows * columns <= 4096
     assert columns >= 32
