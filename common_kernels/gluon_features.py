@@ -35,6 +35,7 @@ NEEDED: dict[str, tuple[str | tuple[str, ...], ...]] = {
         "allocate_shared_memory",
         "convert_layout",
         "inline_asm_elementwise",
+        "reshape",
         "shared_memory_descriptor",
         "warp_specialize",
         THREAD_BARRIERS,

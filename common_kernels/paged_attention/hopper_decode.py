@@ -107,9 +107,8 @@ def load_part_of_keys(
     k_tail_slots: gl.shared_memory_descriptor,
     v_slots: gl.shared_memory_descriptor,
     k_full: gl.shared_memory_descriptor,
-    k_free: gl.shared_memory_descriptor,
     v_full: gl.shared_memory_descriptor,
-    v_free: gl.shared_memory_descriptor,
+    free: gl.shared_memory_descriptor,
     items: gl.tensor,
     parts: gl.tensor,
     part: gl.tensor,
@@ -143,7 +142,6 @@ def load_part_of_keys(
     row, _, queries, first_position, first_key, end_key, _, _ = load_first_item(parts, part)
     number = part * 0
     for item in range(first_item, last_item + 1):
-        next_item = load_item(items, gl.minimum(item + 1, last_item))  # early, so that it is there when it is wanted
         table_row = table_row_of(table, table_rows, row, table_stride)
         start, tiles, first_seen, stop = span_of(
             item, first_item, first_tile, last_item, end_tile, queries, first_position, first_key, end_key, left, right,
@@ -153,18 +151,19 @@ def load_part_of_keys(
             if BOX:
                 slot = (number + i) % STAGES
                 load_tile(
-                    number + i, start + i * BLOCK_N, key, value, k_slots, k_tail_slots, v_slots, k_full, slot, k_free,
-                    v_full, slot, v_free, table_row, dead_page, kv_head, 0, first_seen, stop, True, PAGE_SIZE, BLOCK_N,
-                    BOX, HEAD_MAIN, HEAD_TAIL, False, STAGES,
+                    number + i, start + i * BLOCK_N, key, value, k_slots, k_tail_slots, v_slots, k_full, slot, free,
+                    v_full, slot, free, table_row, dead_page, kv_head, 0, first_seen, stop, True, PAGE_SIZE, BLOCK_N,
+                    BOX, HEAD_MAIN, HEAD_TAIL, False, True, STAGES,
                 )  # fmt: skip
             else:
                 gather_tile(
-                    number + i, start + i * BLOCK_N, key, value, k_slots, k_tail_slots, v_slots, k_full, k_free, v_full,
-                    v_free, table_row, key_page_stride, key_token_stride, value_page_stride, value_token_stride,
-                    first_seen, stop, PAGE_SIZE, BLOCK_N, HEAD_MAIN, HEAD_TAIL, False, STAGES,
+                    number + i, start + i * BLOCK_N, key, value, k_slots, k_tail_slots, v_slots, k_full, free, v_full,
+                    free, table_row, key_page_stride, key_token_stride, value_page_stride, value_token_stride,
+                    first_seen, stop, PAGE_SIZE, BLOCK_N, HEAD_MAIN, HEAD_TAIL, False, True, STAGES,
                 )  # fmt: skip
         number += tiles
-        row, _, queries, first_position, first_key, end_key, _, _ = next_item
+        # Not ahead of the tiles, whose begin it would put off: the ring is full, and no slot free for a while.
+        row, _, queries, first_position, first_key, end_key, _, _ = load_item(items, gl.minimum(item + 1, last_item))
 
 
 @gluon.jit
@@ -268,6 +267,38 @@ def fill_padding(
 
 
 @gluon.jit
+def by_warp(tile: gl.tensor) -> gl.tensor:
+    """A tile [BLOCK_N, ROWS] as turned products lay it out: [BLOCK_N / 64, 4 warps, 16, ROWS]."""
+    BLOCK_N: gl.constexpr = tile.shape[0]
+    ROWS: gl.constexpr = tile.shape[1]
+    return gl.reshape(tile, [BLOCK_N // 64, 4, 16, ROWS])
+
+
+@gluon.jit
+def known_to_all(found: gl.tensor) -> gl.tensor:
+    """What each warp has found, [4 warps, ROWS], in such a layout that every thread has it of all four.
+
+    So a reduction over keys waits for other warps once. The compiler's own has one of them work out the result and the
+    others wait for that, too.
+    """
+    return gl.convert_layout(found, gl.BlockedLayout([4, 2], [8, 4], [4, 1], [1, 0]))
+
+
+@gluon.jit
+def max_over_keys(tile: gl.tensor, by_row: gl.constexpr) -> gl.tensor:
+    """The maxima [ROWS] of a tile [BLOCK_N, ROWS]."""
+    found = gl.max(gl.max(by_warp(tile), 2), 0)
+    return gl.convert_layout(gl.max(known_to_all(found), 0), by_row)
+
+
+@gluon.jit
+def sum_over_keys(tile: gl.tensor, by_row: gl.constexpr) -> gl.tensor:
+    """The sums [ROWS] of a tile [BLOCK_N, ROWS]."""
+    found = gl.sum(gl.sum(by_warp(tile), 2), 0)
+    return gl.convert_layout(gl.sum(known_to_all(found), 0), by_row)
+
+
+@gluon.jit
 def attend_part(
     q_smem: gl.shared_memory_descriptor,  # [ROWS, HEAD_MAIN] shared memory
     q_tail_smem: gl.shared_memory_descriptor,
@@ -276,9 +307,8 @@ def attend_part(
     k_tail_ring: gl.shared_memory_descriptor,
     v_ring: gl.shared_memory_descriptor,  # [STAGES, BLOCK_N, HEAD_MAIN]
     k_full: gl.shared_memory_descriptor,
-    k_free: gl.shared_memory_descriptor,
     v_full: gl.shared_memory_descriptor,
-    v_free: gl.shared_memory_descriptor,
+    free: gl.shared_memory_descriptor,
     query: gl.tensor,
     out: gl.tensor,
     lse: gl.tensor,
@@ -407,7 +437,6 @@ def attend_part(
             if HEAD_TAIL:
                 scores = warpgroup_mma(k_tail_ring.index(slot), q_tail_smem.permute((1, 0)), scores, is_async=True)
             scores = warpgroup_mma_wait(0, deps=[scores])
-            mbarrier.arrive(k_free.index(slot), count=1)
 
             scores = cap_scores(scores, score_scale, cap) if HAS_SOFT_CAP else scores * score_scale
             if HAS_SLOPES:
@@ -415,13 +444,13 @@ def attend_part(
             # All tiles are masked: it costs little beside reading them.
             seen = sees(keys[:, None], positions[None, :], stop, left, right, CAUSAL, HAS_LEFT, HAS_RIGHT)
             scores = gl.where(seen, scores, float("-inf"))
-            new_top = gl.maximum(top, gl.max(scores, 0))
+            new_top = gl.maximum(top, max_over_keys(scores, by_row))
             weights = gl.exp2(scores - new_top[None, :])
             decay = gl.exp2(top - new_top)
             totals = totals * decay[None, :] + weights
             top = new_top
             # Every product on the weights of the tile before has been waited for by all threads: they arrived at
-            # `v_free` together.
+            # `free` together.
             p_smem.permute((1, 0)).store(weights.to(q_smem.dtype))
 
             mbarrier.wait(v_full.index(slot), phase)
@@ -434,13 +463,13 @@ def attend_part(
             acc = acc * decay[None, :]
             acc = warpgroup_mma(v_tile.permute((1, 0)), p_smem.permute((1, 0)), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(v_free.index(slot), count=1)
+            mbarrier.arrive(free.index(slot), count=1)
         number += tiles
 
         if OVERLAPPED and item == last_item:
             let_next_start()
 
-        total = gl.sum(totals, 0)
+        total = sum_over_keys(totals, by_row)
         factor = gl.full([ROWS], 1.0, gl.float32, layout=by_row)
         if sinks is not None:
             sink_scores = gl.load(sinks + heads, mask=ours, other=0.0).to(gl.float32)
@@ -452,7 +481,8 @@ def attend_part(
         result = gl.convert_layout(gl.permute(acc * factor[None, :], (1, 0)), wide)  # [ROWS, V]
         wide_here = (wide_query < queries) & (wide_group_heads < GROUP)
         if splits > 1:
-            partial = (first_partial + gl.where(item == first_item, first_split, 0)).to(gl.int64)
+            # Scratch grows with the programs that run at once (`most_partials`): 32 bits are enough for its offsets.
+            partial = first_partial + gl.where(item == first_item, first_split, 0)
             wide_places = (partial * QUERIES + wide_query) * Q_HEADS + wide_heads
             rows_of_partial = partials + wide_places * HEAD_MAIN
             gl.store(rows_of_partial[:, None] + wide_columns[None, :], result, mask=wide_here[:, None])
@@ -579,7 +609,7 @@ def decode_kernel(
     if HEAD_TAIL:
         q_tail_smem = gl.allocate_shared_memory(DTYPE, [ROWS, HEAD_TAIL], layout)
         k_tail_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, HEAD_TAIL], layout)
-    k_full, k_free, v_full, v_free = make_barriers(1, BOX, False, STAGES)
+    k_full, free, v_full, _ = make_barriers(1, BOX, False, True, STAGES)
     fence_async_shared()
     thread_barrier()
 
@@ -602,7 +632,7 @@ def decode_kernel(
     gl.warp_specialize(
         [
             (attend_part, (
-                q_smem, q_tail_smem, p_smem, k_ring, k_tail_ring, v_ring, k_full, k_free, v_full, v_free, query, out,
+                q_smem, q_tail_smem, p_smem, k_ring, k_tail_ring, v_ring, k_full, v_full, free, query, out,
                 lse, partials, partial_lses, arrivals, sinks, slopes, items, parts, part, query_starts, tokens, rows,
                 kv_head, first_group_head, score_scale, cap, left, right, query_token_stride, query_head_stride,
                 out_token_stride, out_head_stride, lse_token_stride, lse_head_stride, Q_HEADS, GROUP, PACK, QUERIES,
@@ -610,7 +640,7 @@ def decode_kernel(
                 HEAD_TAIL, STAGES, DEPENDENT,
             )),
             (load_part_of_keys, (
-                key_head, value_head, k_slots, k_tail_slots, v_slots, k_full, k_free, v_full, v_free, items, parts,
+                key_head, value_head, k_slots, k_tail_slots, v_slots, k_full, v_full, free, items, parts,
                 part, table, table_rows, pages, kv_head, left, right, key_page_stride, key_token_stride,
                 value_page_stride, value_token_stride, table_stride, CAUSAL, HAS_LEFT, HAS_RIGHT, PAGE_SIZE, BOX,
                 BLOCK_N, TILE, HEAD_MAIN, HEAD_TAIL, STAGES, DEPENDENT,

@@ -120,7 +120,7 @@ def load_tiles(
         load_tile(
             i, start + i * BLOCK_N, key, value, k_boxes, k_tail_boxes, v_boxes, k_full, slot, k_free, v_full, slot,
             v_free, table_row, dead_page, kv_head, first_place, first_seen, end_seen, PAGED, PAGE_SIZE, BLOCK_N, BOX,
-            HEAD_MAIN, HEAD_TAIL, TOGETHER, STAGES,
+            HEAD_MAIN, HEAD_TAIL, TOGETHER, TOGETHER, STAGES,
         )  # fmt: skip
     # The last tile alone can reach past the row's keys. What lies there may be NaN, and a weight of zero times NaN is
     # no zero: of its values the others hear when this warp has cleared them.
@@ -128,7 +128,7 @@ def load_tiles(
     load_tile(
         last, start + last * BLOCK_N, key, value, k_boxes, k_tail_boxes, v_boxes, landed if TOGETHER else k_full,
         0 if TOGETHER else slot, k_free, landed, 0, v_free, table_row, dead_page, kv_head, first_place, first_seen,
-        end_seen, PAGED, PAGE_SIZE, BLOCK_N, BOX, HEAD_MAIN, HEAD_TAIL, TOGETHER, STAGES,
+        end_seen, PAGED, PAGE_SIZE, BLOCK_N, BOX, HEAD_MAIN, HEAD_TAIL, TOGETHER, TOGETHER, STAGES,
     )  # fmt: skip
     mbarrier.wait(landed.index(0), 0)
     clear_dead_values(v_pieces, slot, length - start - last * BLOCK_N, PAGED, BLOCK_N, BOX, HEAD_MAIN)
@@ -196,7 +196,7 @@ def gather_tiles(
         gather_tile(
             i, start + i * BLOCK_N, key, value, k_ring, k_tail_ring, v_ring, k_full, k_free, v_full, v_free, table_row,
             key_page_stride, key_token_stride, value_page_stride, value_token_stride, first_seen, end_seen,
-            PAGE_SIZE, BLOCK_N, HEAD_MAIN, HEAD_TAIL, TOGETHER, STAGES,
+            PAGE_SIZE, BLOCK_N, HEAD_MAIN, HEAD_TAIL, TOGETHER, TOGETHER, STAGES,
         )  # fmt: skip
 
 
@@ -833,7 +833,7 @@ def prefill_kernel(
     if HEAD_TAIL:
         q_tail = gl.allocate_shared_memory(DTYPE, [WARPGROUPS, 64, HEAD_TAIL], layout)
         k_tail_ring = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, HEAD_TAIL], layout)
-    k_full, k_free, v_full, v_free = make_barriers(WARPGROUPS, BOX, AHEAD, STAGES)
+    k_full, k_free, v_full, v_free = make_barriers(WARPGROUPS, BOX, AHEAD, AHEAD, STAGES)
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for warpgroup in gl.static_range(2):
         mbarrier.init(turns.index(warpgroup), count=1)

@@ -1,9 +1,9 @@
 """The ring of shared memory that the Hopper kernels of this operation read keys and values from, and how it is filled.
 
 A slot holds one tile: BLOCK_N keys and their values, each in blocks of 64 columns, rows of 128 bytes swizzled as the
-matrix instructions take them. Slot s has four barriers: `k_full` and `v_full` say that what a slot holds has arrived,
-`k_free` and `v_free` that everybody has done with it. Tile n of a program goes into slot n % STAGES, as the slot's tile
-number n // STAGES, whose parity is what is waited for.
+matrix instructions take them. Slot s has its barriers: `k_full` and `v_full` say that what a slot holds has arrived,
+`k_free` and `v_free` that everybody has done with it; keys and values may share them. Tile n of a program goes into
+slot n % STAGES, as the slot's tile number n // STAGES, whose parity is what is waited for.
 
 Where a page holds boxes of keys (or keys lie side by side), one warp has the copy engine bring them: a box is some keys
 of a page and 64 columns. Smaller pages are gathered by four warps, 16 bytes a copy.
@@ -32,26 +32,34 @@ PIECE = gl.constexpr(ELEMENTS_OF_PIECE)
 
 
 @gluon.jit
-def make_barriers(READERS: gl.constexpr, BOX: gl.constexpr, TOGETHER: gl.constexpr, STAGES: gl.constexpr) -> gl.tensor:
+def make_barriers(
+    READERS: gl.constexpr,
+    BOX: gl.constexpr,
+    FULL_TOGETHER: gl.constexpr,
+    FREE_TOGETHER: gl.constexpr,
+    STAGES: gl.constexpr,
+) -> gl.tensor:
     """The barriers of a ring: k_full, k_free, v_full, v_free; READERS partitions read each slot.
 
-    TOGETHER: keys and values of a slot share theirs, which makes half as many to wait for and to arrive at.
+    FULL_TOGETHER, FREE_TOGETHER: keys and values of a slot share theirs. That makes fewer to wait for, to arrive at,
+    and to make: one thread takes some 35 cycles for each of them, before anything else begins.
     """
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = k_full
     v_free = k_free
-    if not TOGETHER:
+    if not FULL_TOGETHER:
         v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    if not FREE_TOGETHER:
         v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         # Full: one arrival, of the warp that says how many bytes come; gathered: one of each thread that copies. Free:
         # one of each partition that reads, when its products have been waited for.
         mbarrier.init(k_full.index(stage), count=1 if BOX else 32 * GATHERING_WARPS)
-        if not TOGETHER:
+        if not FULL_TOGETHER:
             mbarrier.init(v_full.index(stage), count=1 if BOX else 32 * GATHERING_WARPS)
         mbarrier.init(k_free.index(stage), count=READERS)
-        if not TOGETHER:
+        if not FREE_TOGETHER:
             mbarrier.init(v_free.index(stage), count=READERS)
     return k_full, k_free, v_full, v_free
 
@@ -100,7 +108,8 @@ def load_tile(
     BOX: gl.constexpr,  # the smaller one of page and tile; contiguous: the tile
     HEAD_MAIN: gl.constexpr,
     HEAD_TAIL: gl.constexpr,
-    TOGETHER: gl.constexpr,  # whether keys and values have one barrier
+    FULL_TOGETHER: gl.constexpr,  # whether keys and values have one barrier
+    FREE_TOGETHER: gl.constexpr,  # likewise, of a slot that may be filled again
     STAGES: gl.constexpr,
 ) -> None:
     """Let the copy engine bring one tile, when its slot is free; values have HEAD_MAIN columns."""
@@ -114,21 +123,23 @@ def load_tile(
     # Page numbers first: they arrive while the slot is waited for.
     pages = ()
     if PAGED:
+        page = table_row + tile // PAGE_SIZE  # several boxes are several pages
         for box in gl.static_range(BOXES):
             begin = tile + box * BOX
             seen = (begin < end_seen) & (begin + BOX > first_seen)
-            pages = pages + (gl.load(table_row + begin // PAGE_SIZE, mask=seen, other=dead_page),)  # type: ignore[assignment]  # noqa: RUF005
-        place = tile % PAGE_SIZE
+            pages = pages + (gl.load(page + box, mask=seen, other=dead_page),)  # type: ignore[assignment]  # noqa: RUF005
+        place = tile % PAGE_SIZE if BOX < PAGE_SIZE else 0
     else:
         place = first_place + tile
         pages = (0,)  # type: ignore[assignment]
     mbarrier.wait(k_free.index(slot), left)
-    mbarrier.expect(k_full.index(k_told), BYTES * (HEAD_MAIN + HEAD_TAIL + (HEAD_MAIN if TOGETHER else 0)))
+    mbarrier.expect(k_full.index(k_told), BYTES * (HEAD_MAIN + HEAD_TAIL + (HEAD_MAIN if FULL_TOGETHER else 0)))
     load_columns(key, k_boxes, k_full, k_told, slot, pages, kv_head, place, 0, HEAD_MAIN, BOXES)
     if HEAD_TAIL:
         load_columns(key, k_tail_boxes, k_full, k_told, slot, pages, kv_head, place, HEAD_MAIN, HEAD_TAIL, BOXES)
-    if not TOGETHER:
+    if not FREE_TOGETHER:
         mbarrier.wait(v_free.index(slot), left)
+    if not FULL_TOGETHER:
         mbarrier.expect(v_full.index(v_told), BYTES * HEAD_MAIN)
     load_columns(value, v_boxes, v_full, v_told, slot, pages, kv_head, place, 0, HEAD_MAIN, BOXES)
 
@@ -183,7 +194,8 @@ def gather_tile(
     BLOCK_N: gl.constexpr,
     HEAD_MAIN: gl.constexpr,
     HEAD_TAIL: gl.constexpr,
-    TOGETHER: gl.constexpr,
+    FULL_TOGETHER: gl.constexpr,
+    FREE_TOGETHER: gl.constexpr,
     STAGES: gl.constexpr,
 ) -> None:
     """As `load_tile`, key by key.
@@ -203,8 +215,9 @@ def gather_tile(
             key, k_tail_ring.index(slot), table_row, key_page_stride, key_token_stride, tile, first_seen, end_seen,
             PAGE_SIZE, BLOCK_N, HEAD_TAIL, HEAD_MAIN,
         )  # fmt: skip
-    if not TOGETHER:
+    if not FULL_TOGETHER:
         async_copy.mbarrier_arrive(k_full.index(slot), increment_count=False)
+    if not FREE_TOGETHER:
         mbarrier.wait(v_free.index(slot), left)
     gather_columns(
         value, v_ring.index(slot), table_row, value_page_stride, value_token_stride, tile, first_seen, end_seen,
