@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from taut.common_kernels.schedule.reference import most_items, parts_that_fit
 from taut.common_kernels.scratch import Scratch, scratch_bytes
@@ -25,6 +27,20 @@ def test_does_not_grow_with_the_context_or_much_with_the_rows() -> None:
 def test_pinned() -> None:
     assert mla_scratch(128, 1024) == 34_145_280
     assert mla_scratch(16, 1024) == 8_601_984
+
+
+@given(
+    st.integers(1, 512), st.integers(1, 2), st.integers(1, 256), st.integers(1, 128), st.sampled_from((8, 16, 32, 64)),
+    st.integers(1, 10**6),
+)  # fmt: skip
+def test_32_bits_are_enough_for_its_offsets(
+    multiprocessors: int, programs: int, kv_heads: int, group: int, tile_rows: int, items: int
+) -> None:
+    """Of paged attention with values of 256, whatever the heads: the kernels of Hopper count on it."""
+    pack = min(group, tile_rows)
+    parts = parts_that_fit(multiprocessors, programs, kv_heads * -(-group // pack))
+    rows = tile_rows // pack * kv_heads * group  # queries of an item times heads
+    assert scratch_bytes(parts, items, rows, 256) < 2**31
 
 
 def test_tells_what_is_allocated() -> None:
