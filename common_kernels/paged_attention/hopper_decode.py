@@ -285,17 +285,17 @@ def known_to_all(found: gl.tensor) -> gl.tensor:
 
 
 @gluon.jit
-def max_over_keys(tile: gl.tensor, by_row: gl.constexpr) -> gl.tensor:
+def max_over_keys(tile: gl.tensor) -> gl.tensor:
     """The maxima [ROWS] of a tile [BLOCK_N, ROWS]."""
     found = gl.max(gl.max(by_warp(tile), 2), 0)
-    return gl.convert_layout(gl.max(known_to_all(found), 0), by_row)
+    return gl.convert_layout(gl.max(known_to_all(found), 0), gl.SliceLayout(0, tile.type.layout))
 
 
 @gluon.jit
-def sum_over_keys(tile: gl.tensor, by_row: gl.constexpr) -> gl.tensor:
+def sum_over_keys(tile: gl.tensor) -> gl.tensor:
     """The sums [ROWS] of a tile [BLOCK_N, ROWS]."""
     found = gl.sum(gl.sum(by_warp(tile), 2), 0)
-    return gl.convert_layout(gl.sum(known_to_all(found), 0), by_row)
+    return gl.convert_layout(gl.sum(known_to_all(found), 0), gl.SliceLayout(0, tile.type.layout))
 
 
 @gluon.jit
@@ -444,7 +444,7 @@ def attend_part(
             # All tiles are masked: it costs little beside reading them.
             seen = sees(keys[:, None], positions[None, :], stop, left, right, CAUSAL, HAS_LEFT, HAS_RIGHT)
             scores = gl.where(seen, scores, float("-inf"))
-            new_top = gl.maximum(top, max_over_keys(scores, by_row))
+            new_top = gl.maximum(top, max_over_keys(scores))
             weights = gl.exp2(scores - new_top[None, :])
             decay = gl.exp2(top - new_top)
             totals = totals * decay[None, :] + weights
@@ -469,7 +469,7 @@ def attend_part(
         if OVERLAPPED and item == last_item:
             let_next_start()
 
-        total = sum_over_keys(totals, by_row)
+        total = sum_over_keys(totals)
         factor = gl.full([ROWS], 1.0, gl.float32, layout=by_row)
         if sinks is not None:
             sink_scores = gl.load(sinks + heads, mask=ours, other=0.0).to(gl.float32)

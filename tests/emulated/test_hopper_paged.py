@@ -15,8 +15,11 @@ from cases import LAYOUTS, MASKS, PAGED_BATCH, PagedCase, assert_close, build_pa
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from strategies import paged_cases
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
 from taut.common_kernels.paged_attention import hopper_kernel, triton_kernel
+from taut.common_kernels.paged_attention.hopper_decode import max_over_keys, sum_over_keys
 from taut.common_kernels.reference import NoWorkspace
 from taut.common_kernels.step import Mask
 from taut.common_kernels.workspace import DeviceFacts
@@ -143,3 +146,30 @@ def test_any_order(small: Any, seed: int) -> None:
     """Rings that go round several times, in the order of several seeds."""
     check(small, PagedCase(**LONG, mask=Mask(left=200), seed=seed), "both", seed)
     check_ragged(small, PagedCase(**LONG, seed=seed), seed)
+
+
+@gluon.jit
+def over_keys_kernel(
+    scores: gl.tensor,
+    maxima: gl.tensor,
+    sums: gl.tensor,
+    BLOCK_N: gl.constexpr,  # noqa: N803
+    ROWS: gl.constexpr,  # noqa: N803
+) -> None:
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    keys = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, layout))
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(0, layout))
+    tile = gl.load(scores + keys[:, None] * ROWS + rows[None, :])
+    gl.store(maxima + rows, max_over_keys(tile))
+    gl.store(sums + rows, sum_over_keys(tile))
+
+
+@given(st.integers(0, 1000), st.sampled_from((64, 128)), st.sampled_from((8, 16, 64)))
+@settings(max_examples=20, phases=[Phase.generate])
+def test_maxima_over_keys_are_the_highest(seed: int, keys: int, rows: int) -> None:
+    """A softmax that takes too little for the maximum gives the same until it overflows: other tests might not tell."""
+    scores = torch.randn(keys, rows, generator=torch.Generator().manual_seed(seed))
+    maxima, sums = torch.full((2, rows), torch.nan)
+    over_keys_kernel[(1,)](scores, maxima, sums, keys, rows)
+    assert torch.equal(maxima, scores.amax(0))
+    torch.testing.assert_close(sums, scores.sum(0))
