@@ -180,12 +180,14 @@ def test_attention_waits_for_what_was_stored(serving: Serving, rows: int) -> Non
     kept = [cache.clone() for cache in caches]
     outs.fill_(math.nan)
     graph.replay()
-    right = torch.empty_like(outs[0])
+    # The reference of all steps at once: with everything stored, step i is what a row's query i of `repeats` sees.
+    reference.store_kv(new[0].flatten(0, 1), new[1].flatten(0, 1), *kept, slots.flatten())
+    queries = query.repeat_interleave(repeats, dim=0)
+    right = torch.empty_like(queries)
+    every_step = Step(starts * repeats, torch.full_like(lengths, context), PageTable(table, page), repeats, context)
+    reference.paged_attention(queries, *kept, every_step, Mask(), right, scale=0.09)
     for i in range(repeats):
-        lengths.fill_(context - repeats + i + 1)
-        reference.store_kv(new[0][i], new[1][i], *kept, slots[i])
-        reference.paged_attention(query, *kept, step, Mask(), right, scale=0.09)
-        assert relative_error(outs[i].cpu(), right.cpu()) < 1e-2
+        assert relative_error(outs[i].cpu(), right[i::repeats].cpu()) < 1e-2
 
 
 @pytest.mark.parametrize("queries", [1, 100])
