@@ -149,17 +149,16 @@ def load_part_of_keys(
         )  # fmt: skip
         for i in range(tiles):
             if BOX:
-                slot = (number + i) % STAGES
                 load_tile(
-                    number + i, start + i * BLOCK_N, key, value, k_slots, k_tail_slots, v_slots, k_full, slot, free,
-                    v_full, slot, free, table_row, dead_page, kv_head, 0, first_seen, stop, True, PAGE_SIZE, BLOCK_N,
-                    BOX, HEAD_MAIN, HEAD_TAIL, False, True, STAGES,
+                    number + i, start + i * BLOCK_N, key, value, k_slots, k_tail_slots, v_slots, k_full, v_full, free,
+                    table_row, dead_page, kv_head, 0, first_seen, stop, True, PAGE_SIZE, BLOCK_N, BOX, HEAD_MAIN,
+                    HEAD_TAIL, STAGES,
                 )  # fmt: skip
             else:
                 gather_tile(
-                    number + i, start + i * BLOCK_N, key, value, k_slots, k_tail_slots, v_slots, k_full, free, v_full,
-                    free, table_row, key_page_stride, key_token_stride, value_page_stride, value_token_stride,
-                    first_seen, stop, PAGE_SIZE, BLOCK_N, HEAD_MAIN, HEAD_TAIL, False, True, STAGES,
+                    number + i, start + i * BLOCK_N, key, value, k_slots, k_tail_slots, v_slots, k_full, v_full, free,
+                    table_row, key_page_stride, key_token_stride, value_page_stride, value_token_stride,
+                    first_seen, stop, PAGE_SIZE, HEAD_TAIL, STAGES,
                 )  # fmt: skip
         number += tiles
         # Not ahead of the tiles, whose begin it would put off: the ring is full, and no slot free for a while.

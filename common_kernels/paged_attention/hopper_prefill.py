@@ -1,10 +1,12 @@
-"""Long extends on Hopper: a block of queries, two or three warpgroups that attend, one warp or four that load.
+"""Long extends on Hopper: a block of queries, two or three warpgroups that attend, two warps or four that load.
 
-The loading partition fills a ring of shared memory with tiles of keys and values; each of the attending warpgroups
-keeps 64 rows of queries, their scores and their output in registers, and multiplies from the ring. They go one of two
-ways. By turns (`attend_in_turns`), two of them:
+Those that load fill a ring of shared memory with tiles: one warp brings keys and one values, for the place of a tile's
+values is free later than that of its keys, and neither shall wait for the other. (Small pages: four warps gather both.)
+Each of the attending warpgroups keeps 64 rows of queries, their scores and their output in registers, and multiplies
+from the ring. They go one of two ways. By turns (`attend_in_turns`), two of them:
 
-    loads     K0 V0 K1 V1 K2 V2 ...
+    keys      K0 K1 K2 ...
+    values    V0 V1 V2 ...
     rows 0-63   QK0 | softmax 0 | QK1 PV0 | softmax 1 | QK2 PV1 | softmax 2 | ...
     rows 64-    ... QK0 | softmax 0 | QK1 PV0 | softmax 1 | ...
 
@@ -39,8 +41,8 @@ from taut.common_kernels.paged_attention.hopper_ring import (
     GATHERING_WARPS,
     PIECE,
     as_boxes,
-    gather_tile,
-    load_tile,
+    gather_half,
+    load_half,
     make_barriers,
     reinterpret,
 )
@@ -83,17 +85,43 @@ def place_of(program: gl.tensor, packs: gl.tensor, together: gl.tensor, blocks: 
 
 
 @gluon.jit
-def load_tiles(
+def load_keys(
     start: gl.tensor,
     tiles: gl.tensor,
     key: gl.tensor,
-    value: gl.tensor,
     k_boxes: gl.shared_memory_descriptor,
     k_tail_boxes: gl.shared_memory_descriptor,
-    v_boxes: gl.shared_memory_descriptor,
-    v_pieces: gl.shared_memory_descriptor,  # the ring of values as pieces of 8 keys and 64 columns
     k_full: gl.shared_memory_descriptor,
     k_free: gl.shared_memory_descriptor,
+    table_row: gl.tensor,
+    dead_page: gl.tensor,
+    kv_head: gl.tensor,
+    first_place: gl.tensor,
+    first_seen: gl.tensor,
+    end_seen: gl.tensor,
+    PAGED: gl.constexpr,
+    PAGE_SIZE: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BOX: gl.constexpr,
+    HEAD_MAIN: gl.constexpr,
+    HEAD_TAIL: gl.constexpr,
+    STAGES: gl.constexpr,
+) -> None:
+    """The warp that has the copy engine bring keys; arguments as of `load_half`."""
+    for i in range(tiles):
+        load_half(
+            i, start + i * BLOCK_N, key, k_boxes, k_tail_boxes, k_full.index(i % STAGES), k_free, table_row, dead_page,
+            kv_head, first_place, first_seen, end_seen, PAGED, PAGE_SIZE, BLOCK_N, BOX, HEAD_MAIN, HEAD_TAIL, STAGES,
+        )  # fmt: skip
+
+
+@gluon.jit
+def load_values(
+    start: gl.tensor,
+    tiles: gl.tensor,
+    value: gl.tensor,
+    v_boxes: gl.shared_memory_descriptor,
+    v_pieces: gl.shared_memory_descriptor,  # the ring of values as pieces of 8 keys and 64 columns
     v_full: gl.shared_memory_descriptor,
     v_free: gl.shared_memory_descriptor,
     landed: gl.shared_memory_descriptor,  # [1, 1] shared memory: the barrier of values that are still to be cleared
@@ -109,26 +137,21 @@ def load_tiles(
     BLOCK_N: gl.constexpr,
     BOX: gl.constexpr,
     HEAD_MAIN: gl.constexpr,
-    HEAD_TAIL: gl.constexpr,
-    TOGETHER: gl.constexpr,
     STAGES: gl.constexpr,
 ) -> None:
-    """The warp that has the copy engine fill the ring; arguments as of `load_tile`."""
+    """The warp that has the copy engine bring values; arguments as of `load_half`."""
     last = tiles - 1
     for i in range(last):
-        slot = i % STAGES
-        load_tile(
-            i, start + i * BLOCK_N, key, value, k_boxes, k_tail_boxes, v_boxes, k_full, slot, k_free, v_full, slot,
-            v_free, table_row, dead_page, kv_head, first_place, first_seen, end_seen, PAGED, PAGE_SIZE, BLOCK_N, BOX,
-            HEAD_MAIN, HEAD_TAIL, TOGETHER, TOGETHER, STAGES,
+        load_half(
+            i, start + i * BLOCK_N, value, v_boxes, v_boxes, v_full.index(i % STAGES), v_free, table_row, dead_page,
+            kv_head, first_place, first_seen, end_seen, PAGED, PAGE_SIZE, BLOCK_N, BOX, HEAD_MAIN, 0, STAGES,
         )  # fmt: skip
     # The last tile alone can reach past the row's keys. What lies there may be NaN, and a weight of zero times NaN is
     # no zero: of its values the others hear when this warp has cleared them.
     slot = last % STAGES
-    load_tile(
-        last, start + last * BLOCK_N, key, value, k_boxes, k_tail_boxes, v_boxes, landed if TOGETHER else k_full,
-        0 if TOGETHER else slot, k_free, landed, 0, v_free, table_row, dead_page, kv_head, first_place, first_seen,
-        end_seen, PAGED, PAGE_SIZE, BLOCK_N, BOX, HEAD_MAIN, HEAD_TAIL, TOGETHER, TOGETHER, STAGES,
+    load_half(
+        last, start + last * BLOCK_N, value, v_boxes, v_boxes, landed.index(0), v_free, table_row, dead_page, kv_head,
+        first_place, first_seen, end_seen, PAGED, PAGE_SIZE, BLOCK_N, BOX, HEAD_MAIN, 0, STAGES,
     )  # fmt: skip
     mbarrier.wait(landed.index(0), 0)
     clear_dead_values(v_pieces, slot, length - start - last * BLOCK_N, PAGED, BLOCK_N, BOX, HEAD_MAIN)
@@ -185,19 +208,28 @@ def gather_tiles(
     first_seen: gl.tensor,
     end_seen: gl.tensor,
     PAGE_SIZE: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    HEAD_MAIN: gl.constexpr,
     HEAD_TAIL: gl.constexpr,
     TOGETHER: gl.constexpr,
     STAGES: gl.constexpr,
 ) -> None:
-    """The warps that gather keys into the ring; arguments as of `gather_tile`."""
-    for i in range(tiles):
-        gather_tile(
-            i, start + i * BLOCK_N, key, value, k_ring, k_tail_ring, v_ring, k_full, k_free, v_full, v_free, table_row,
-            key_page_stride, key_token_stride, value_page_stride, value_token_stride, first_seen, end_seen,
-            PAGE_SIZE, BLOCK_N, HEAD_MAIN, HEAD_TAIL, TOGETHER, TOGETHER, STAGES,
-        )  # fmt: skip
+    """The warps that gather keys and values; arguments as of `gather_half`.
+
+    A tile's keys are asked for ahead of the values of the one before, whose place is free later; unless a slot is free
+    together, for then they would wait for each other.
+    """
+    BLOCK_N: gl.constexpr = k_ring.shape[1]
+    LATER: gl.constexpr = 0 if TOGETHER else 1
+    for i in range(tiles + LATER):
+        if i < tiles:
+            gather_half(
+                i, start + i * BLOCK_N, key, k_ring, k_tail_ring, k_full, k_free, table_row, key_page_stride,
+                key_token_stride, first_seen, end_seen, PAGE_SIZE, HEAD_TAIL, STAGES,
+            )  # fmt: skip
+        if i >= LATER:
+            gather_half(
+                i - LATER, start + (i - LATER) * BLOCK_N, value, v_ring, v_ring, v_full, v_free, table_row,
+                value_page_stride, value_token_stride, first_seen, end_seen, PAGE_SIZE, 0, STAGES,
+            )  # fmt: skip
 
 
 @gluon.jit
@@ -873,14 +905,18 @@ def prefill_kernel(
                         2, attends, PACK, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, BOX, BLOCK_N, HEAD_MAIN,
                         HEAD_TAIL, AHEAD, STAGES,
                     )),
-                    (load_tiles, (
-                        start, tiles, key, value, k_boxes, k_tail_boxes, v_boxes, v_pieces, k_full, k_free, v_full,
-                        v_free, landed, table_row, pages, kv_head, first_place, first_seen, end_seen, length, PAGED,
-                        PAGE_SIZE, BLOCK_N, BOX, HEAD_MAIN, HEAD_TAIL, AHEAD, STAGES,
+                    (load_keys, (
+                        start, tiles, key, k_boxes, k_tail_boxes, k_full, k_free, table_row, pages, kv_head,
+                        first_place, first_seen, end_seen, PAGED, PAGE_SIZE, BLOCK_N, BOX, HEAD_MAIN, HEAD_TAIL,
+                        STAGES,
+                    )),
+                    (load_values, (
+                        start, tiles, value, v_boxes, v_pieces, v_full, v_free, landed, table_row, pages, kv_head,
+                        first_place, first_seen, end_seen, length, PAGED, PAGE_SIZE, BLOCK_N, BOX, HEAD_MAIN, STAGES,
                     )),
                 ],
-                [4, 4, 1],
-                [REGISTERS, REGISTERS, LOAD_REGISTERS],
+                [4, 4, 1, 1],
+                [REGISTERS, REGISTERS, LOAD_REGISTERS, LOAD_REGISTERS],
             )  # fmt: skip
         else:
             gl.warp_specialize(
@@ -893,14 +929,18 @@ def prefill_kernel(
                         1, attends, PACK, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, BOX, BLOCK_N, HEAD_MAIN,
                         HEAD_TAIL, AHEAD, STAGES,
                     )),
-                    (load_tiles, (
-                        start, tiles, key, value, k_boxes, k_tail_boxes, v_boxes, v_pieces, k_full, k_free, v_full,
-                        v_free, landed, table_row, pages, kv_head, first_place, first_seen, end_seen, length, PAGED,
-                        PAGE_SIZE, BLOCK_N, BOX, HEAD_MAIN, HEAD_TAIL, AHEAD, STAGES,
+                    (load_keys, (
+                        start, tiles, key, k_boxes, k_tail_boxes, k_full, k_free, table_row, pages, kv_head,
+                        first_place, first_seen, end_seen, PAGED, PAGE_SIZE, BLOCK_N, BOX, HEAD_MAIN, HEAD_TAIL,
+                        STAGES,
+                    )),
+                    (load_values, (
+                        start, tiles, value, v_boxes, v_pieces, v_full, v_free, landed, table_row, pages, kv_head,
+                        first_place, first_seen, end_seen, length, PAGED, PAGE_SIZE, BLOCK_N, BOX, HEAD_MAIN, STAGES,
                     )),
                 ],
-                [4, 1],
-                [REGISTERS, LOAD_REGISTERS],
+                [4, 1, 1],
+                [REGISTERS, LOAD_REGISTERS, LOAD_REGISTERS],
             )  # fmt: skip
     else:
         gl.warp_specialize(
@@ -917,7 +957,7 @@ def prefill_kernel(
                     start, tiles, key + kv_head.to(gl.int64) * key_head_stride * PIECE,
                     value + kv_head.to(gl.int64) * value_head_stride * PIECE, k_ring, k_tail_ring, v_ring, k_full,
                     k_free, v_full, v_free, table_row, key_page_stride, key_token_stride, value_page_stride,
-                    value_token_stride, first_seen, end_seen, PAGE_SIZE, BLOCK_N, HEAD_MAIN, HEAD_TAIL, AHEAD, STAGES,
+                    value_token_stride, first_seen, end_seen, PAGE_SIZE, HEAD_TAIL, AHEAD, STAGES,
                 )),
             ],
             [4, GATHERING_WARPS],

@@ -5,8 +5,8 @@ matrix instructions take them. Slot s has its barriers: `k_full` and `v_full` sa
 `k_free` and `v_free` that everybody has done with it; keys and values may share them. Tile n of a program goes into
 slot n % STAGES, as the slot's tile number n // STAGES, whose parity is what is waited for.
 
-Where a page holds boxes of keys (or keys lie side by side), one warp has the copy engine bring them: a box is some keys
-of a page and 64 columns. Smaller pages are gathered by four warps, 16 bytes a copy.
+Where a page holds boxes of keys (or keys lie side by side), one warp has the copy engine bring them, or one the keys and
+one the values: a box is some keys of a page and 64 columns. Smaller pages are gathered by four warps, 16 bytes a copy.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ reinterpret = first_of(gl.shared_memory_descriptor, ("reinterpret", "_reinterpre
 COLUMNS_OF_BOX = 64  # elements of a box's row: 128 bytes, as wide as the swizzle
 BOX_COLUMNS = gl.constexpr(COLUMNS_OF_BOX)
 GATHERING_WARPS = gl.constexpr(4)
+GATHERED_ROWS = gl.constexpr(32)  # keys that the four warps gather in one round
 # Elements of a copy of 16 bytes. Strides of keys and values are counted in them, so that the compiler knows that every
 # copy begins at a multiple of 16 bytes.
 ELEMENTS_OF_PIECE = 8
@@ -52,12 +53,13 @@ def make_barriers(
         v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     if not FREE_TOGETHER:
         v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ARRIVALS: gl.constexpr = 1 if BOX else 32 * GATHERING_WARPS  # of keys; of values as many
     for stage in gl.static_range(STAGES):
-        # Full: one arrival, of the warp that says how many bytes come; gathered: one of each thread that copies. Free:
+        # Full: one arrival of the warp that says how many bytes come; gathered: one of each thread that copies. Free:
         # one of each partition that reads, when its products have been waited for.
-        mbarrier.init(k_full.index(stage), count=1 if BOX else 32 * GATHERING_WARPS)
+        mbarrier.init(k_full.index(stage), count=ARRIVALS * 2 if FULL_TOGETHER else ARRIVALS)
         if not FULL_TOGETHER:
-            mbarrier.init(v_full.index(stage), count=1 if BOX else 32 * GATHERING_WARPS)
+            mbarrier.init(v_full.index(stage), count=ARRIVALS)
         mbarrier.init(k_free.index(stage), count=READERS)
         if not FREE_TOGETHER:
             mbarrier.init(v_free.index(stage), count=READERS)
@@ -91,11 +93,8 @@ def load_tile(
     k_tail_boxes: gl.shared_memory_descriptor,
     v_boxes: gl.shared_memory_descriptor,
     k_full: gl.shared_memory_descriptor,
-    k_told: gl.tensor,  # which of `k_full` is told when the keys are there: as a rule, that of the slot
-    k_free: gl.shared_memory_descriptor,
     v_full: gl.shared_memory_descriptor,
-    v_told: gl.tensor,
-    v_free: gl.shared_memory_descriptor,
+    free: gl.shared_memory_descriptor,
     table_row: gl.tensor,  # pointer: the row's first page number; contiguous: not used
     dead_page: gl.tensor,  # a page number that the descriptor does not have: its box arrives as zeros
     kv_head: gl.tensor,
@@ -108,19 +107,81 @@ def load_tile(
     BOX: gl.constexpr,  # the smaller one of page and tile; contiguous: the tile
     HEAD_MAIN: gl.constexpr,
     HEAD_TAIL: gl.constexpr,
-    FULL_TOGETHER: gl.constexpr,  # whether keys and values have one barrier
-    FREE_TOGETHER: gl.constexpr,  # likewise, of a slot that may be filled again
     STAGES: gl.constexpr,
 ) -> None:
-    """Let the copy engine bring one tile, when its slot is free; values have HEAD_MAIN columns."""
+    """Let the copy engine bring one tile, when its slot is free, all of it at once; values have HEAD_MAIN columns."""
+    slot = number % STAGES
+    pages, place = pages_of_tile(
+        tile, table_row, dead_page, first_place, first_seen, end_seen, PAGED, PAGE_SIZE, BLOCK_N, BOX
+    )
+    wait_for_slot(free, number, STAGES)
+    load_boxes(
+        key, k_boxes, k_tail_boxes, k_full.index(slot), slot, pages, kv_head, place, BLOCK_N, BOX, HEAD_MAIN, HEAD_TAIL
+    )
+    load_boxes(value, v_boxes, v_boxes, v_full.index(slot), slot, pages, kv_head, place, BLOCK_N, BOX, HEAD_MAIN, 0)
+
+
+@gluon.jit
+def load_half(
+    number: gl.tensor,
+    tile: gl.tensor,
+    source: gl.tensor,
+    boxes: gl.shared_memory_descriptor,
+    tail_boxes: gl.shared_memory_descriptor,
+    told: gl.shared_memory_descriptor,  # [1] the barrier that is told when they are there
+    free: gl.shared_memory_descriptor,
+    table_row: gl.tensor,
+    dead_page: gl.tensor,
+    kv_head: gl.tensor,
+    first_place: gl.tensor,
+    first_seen: gl.tensor,
+    end_seen: gl.tensor,
+    PAGED: gl.constexpr,
+    PAGE_SIZE: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BOX: gl.constexpr,
+    HEAD_MAIN: gl.constexpr,
+    HEAD_TAIL: gl.constexpr,
+    STAGES: gl.constexpr,
+) -> None:
+    """As `load_tile`, of the keys alone or of the values alone."""
+    pages, place = pages_of_tile(
+        tile, table_row, dead_page, first_place, first_seen, end_seen, PAGED, PAGE_SIZE, BLOCK_N, BOX
+    )
+    wait_for_slot(free, number, STAGES)
+    load_boxes(
+        source, boxes, tail_boxes, told, number % STAGES, pages, kv_head, place, BLOCK_N, BOX, HEAD_MAIN, HEAD_TAIL
+    )
+
+
+@gluon.jit
+def wait_for_slot(free: gl.shared_memory_descriptor, number: gl.tensor, STAGES: gl.constexpr) -> None:
+    """Wait until whoever had the slot of tile `number` before, tile number - STAGES, has left it.
+
+    The first tiles find it free: a wait for the phase before the first returns at once.
+    """
+    mbarrier.wait(free.index(number % STAGES), ((number // STAGES) & 1) ^ 1)
+
+
+@gluon.jit
+def pages_of_tile(
+    tile: gl.tensor,
+    table_row: gl.tensor,
+    dead_page: gl.tensor,
+    first_place: gl.tensor,
+    first_seen: gl.tensor,
+    end_seen: gl.tensor,
+    PAGED: gl.constexpr,
+    PAGE_SIZE: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BOX: gl.constexpr,
+) -> gl.tensor:
+    """The page number of each of a tile's boxes, and the place in the page where the boxes begin.
+
+    Asked for ahead of the wait for a slot: they arrive meanwhile.
+    """
     BOXES: gl.constexpr = BLOCK_N // BOX
     gl.static_assert(BOXES == 1 or (PAGED and BOX == PAGE_SIZE), "a box is a page or a tile")
-    BYTES: gl.constexpr = BLOCK_N * 2  # of one column
-    slot = number % STAGES
-    # Whoever had the slot before, tile number - STAGES, must have left it. The first tiles find it free: a wait for the
-    # phase before the first returns at once.
-    left = ((number // STAGES) & 1) ^ 1
-    # Page numbers first: they arrive while the slot is waited for.
     pages = ()
     if PAGED:
         page = table_row + tile // PAGE_SIZE  # several boxes are several pages
@@ -132,24 +193,37 @@ def load_tile(
     else:
         place = first_place + tile
         pages = (0,)  # type: ignore[assignment]
-    mbarrier.wait(k_free.index(slot), left)
-    mbarrier.expect(k_full.index(k_told), BYTES * (HEAD_MAIN + HEAD_TAIL + (HEAD_MAIN if FULL_TOGETHER else 0)))
-    load_columns(key, k_boxes, k_full, k_told, slot, pages, kv_head, place, 0, HEAD_MAIN, BOXES)
+    return pages, place
+
+
+@gluon.jit
+def load_boxes(
+    source: gl.tensor,
+    boxes: gl.shared_memory_descriptor,
+    tail_boxes: gl.shared_memory_descriptor,
+    told: gl.shared_memory_descriptor,
+    slot: gl.tensor,
+    pages: gl.tensor,
+    kv_head: gl.tensor,
+    place: gl.tensor,
+    BLOCK_N: gl.constexpr,
+    BOX: gl.constexpr,
+    HEAD_MAIN: gl.constexpr,
+    HEAD_TAIL: gl.constexpr,
+) -> None:
+    """The boxes of a tile's keys, or of its values, into a slot that is free."""
+    BOXES: gl.constexpr = BLOCK_N // BOX
+    mbarrier.expect(told, BLOCK_N * 2 * (HEAD_MAIN + HEAD_TAIL))
+    load_columns(source, boxes, told, slot, pages, kv_head, place, 0, HEAD_MAIN, BOXES)
     if HEAD_TAIL:
-        load_columns(key, k_tail_boxes, k_full, k_told, slot, pages, kv_head, place, HEAD_MAIN, HEAD_TAIL, BOXES)
-    if not FREE_TOGETHER:
-        mbarrier.wait(v_free.index(slot), left)
-    if not FULL_TOGETHER:
-        mbarrier.expect(v_full.index(v_told), BYTES * HEAD_MAIN)
-    load_columns(value, v_boxes, v_full, v_told, slot, pages, kv_head, place, 0, HEAD_MAIN, BOXES)
+        load_columns(source, tail_boxes, told, slot, pages, kv_head, place, HEAD_MAIN, HEAD_TAIL, BOXES)
 
 
 @gluon.jit
 def load_columns(
     source: gl.tensor,
     boxes: gl.shared_memory_descriptor,
-    full: gl.shared_memory_descriptor,
-    told: gl.tensor,
+    told: gl.shared_memory_descriptor,
     slot: gl.tensor,
     pages: gl.tensor,
     kv_head: gl.tensor,
@@ -165,9 +239,16 @@ def load_columns(
             tma_load(
                 source,
                 [pages[box], kv_head, place, FIRST_COLUMN + block * BOX_COLUMNS],
-                full.index(told),
+                told,
                 boxes.index((slot * BLOCKS + block) * BOXES + box),
             )
+
+
+@gluon.constexpr_function
+def layout_of_gather(columns: int) -> gl.BlockedLayout:
+    """How four warps share the pieces of some keys of so many columns: whole rows, and side by side in a row."""
+    lanes = min(columns // 8, 32)
+    return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [4, 1], [1, 0])
 
 
 @gluon.jit
@@ -180,9 +261,8 @@ def gather_tile(
     k_tail_ring: gl.shared_memory_descriptor,
     v_ring: gl.shared_memory_descriptor,
     k_full: gl.shared_memory_descriptor,
-    k_free: gl.shared_memory_descriptor,
     v_full: gl.shared_memory_descriptor,
-    v_free: gl.shared_memory_descriptor,
+    free: gl.shared_memory_descriptor,
     table_row: gl.tensor,
     key_page_stride: gl.tensor,  # strides in pieces
     key_token_stride: gl.tensor,
@@ -191,11 +271,7 @@ def gather_tile(
     first_seen: gl.tensor,  # keys outside first_seen <= j < end_seen are not read; zeros stand in their place
     end_seen: gl.tensor,
     PAGE_SIZE: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    HEAD_MAIN: gl.constexpr,
     HEAD_TAIL: gl.constexpr,
-    FULL_TOGETHER: gl.constexpr,
-    FREE_TOGETHER: gl.constexpr,
     STAGES: gl.constexpr,
 ) -> None:
     """As `load_tile`, key by key.
@@ -204,26 +280,110 @@ def gather_tile(
     `fence_async_shared` after its wait.
     """
     slot = number % STAGES
-    left = ((number // STAGES) & 1) ^ 1
-    mbarrier.wait(k_free.index(slot), left)
-    gather_columns(
-        key, k_ring.index(slot), table_row, key_page_stride, key_token_stride, tile, first_seen, end_seen,
-        PAGE_SIZE, BLOCK_N, HEAD_MAIN, 0,
+    wait_for_slot(free, number, STAGES)
+    gather_pieces(
+        key, k_ring.index(slot), k_tail_ring.index(slot), k_full.index(slot), table_row, None, None, key_page_stride,
+        key_token_stride, tile, first_seen, end_seen, PAGE_SIZE, HEAD_TAIL,
     )  # fmt: skip
+    gather_pieces(
+        value, v_ring.index(slot), v_ring.index(slot), v_full.index(slot), table_row, None, None, value_page_stride,
+        value_token_stride, tile, first_seen, end_seen, PAGE_SIZE, 0,
+    )  # fmt: skip
+
+
+@gluon.jit
+def gather_half(
+    number: gl.tensor,
+    tile: gl.tensor,
+    source: gl.tensor,
+    ring: gl.shared_memory_descriptor,
+    tail_ring: gl.shared_memory_descriptor,
+    full: gl.shared_memory_descriptor,
+    free: gl.shared_memory_descriptor,
+    table_row: gl.tensor,
+    page_stride: gl.tensor,
+    token_stride: gl.tensor,
+    first_seen: gl.tensor,
+    end_seen: gl.tensor,
+    PAGE_SIZE: gl.constexpr,
+    HEAD_TAIL: gl.constexpr,
+    STAGES: gl.constexpr,
+) -> None:
+    """As `gather_tile`, of the keys alone or of the values alone.
+
+    All page numbers are asked for ahead of the wait for the slot: asked for round by round, each round waits for its
+    own. Of the few tiles of a decoding row the first one's copies would begin later for it.
+    """
+    BLOCK_N: gl.constexpr = ring.shape[1]
+    HEAD_MAIN: gl.constexpr = ring.shape[2]
+    slot = number % STAGES
+    pages, tail_pages = pages_of_keys(tile, table_row, first_seen, end_seen, PAGE_SIZE, BLOCK_N, HEAD_MAIN, HEAD_TAIL)
+    wait_for_slot(free, number, STAGES)
+    gather_pieces(
+        source, ring.index(slot), tail_ring.index(slot), full.index(slot), table_row, pages, tail_pages, page_stride,
+        token_stride, tile, first_seen, end_seen, PAGE_SIZE, HEAD_TAIL,
+    )  # fmt: skip
+
+
+@gluon.jit
+def pages_of_keys(
+    tile: gl.tensor,
+    table_row: gl.tensor,
+    first_seen: gl.tensor,
+    end_seen: gl.tensor,
+    PAGE_SIZE: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    HEAD_MAIN: gl.constexpr,
+    HEAD_TAIL: gl.constexpr,
+) -> gl.tensor:
+    """The page numbers of a tile's keys, round by round, for `gather_columns` of its main columns and of its tail."""
+    pages = ()
+    tail_pages = ()
+    for first in gl.static_range(0, BLOCK_N, GATHERED_ROWS):
+        keys, seen = keys_of_round(tile, first, first_seen, end_seen, HEAD_MAIN)
+        pages = pages + (gl.load(table_row + keys // PAGE_SIZE, mask=seen, other=0),)  # type: ignore[assignment]  # noqa: RUF005
+        if HEAD_TAIL:
+            keys, seen = keys_of_round(tile, first, first_seen, end_seen, HEAD_TAIL)
+            tail_pages = tail_pages + (gl.load(table_row + keys // PAGE_SIZE, mask=seen, other=0),)  # type: ignore[assignment]  # noqa: RUF005
+    return pages, tail_pages
+
+
+@gluon.jit
+def keys_of_round(
+    tile: gl.tensor, first: gl.constexpr, first_seen: gl.tensor, end_seen: gl.tensor, COLUMNS: gl.constexpr
+) -> gl.tensor:
+    """The positions of the keys that are gathered together, and which of them are read."""
+    keys = tile + first + gl.arange(0, GATHERED_ROWS, layout=gl.SliceLayout(1, layout_of_gather(COLUMNS)))
+    return keys, (keys >= first_seen) & (keys < end_seen)
+
+
+@gluon.jit
+def gather_pieces(
+    source: gl.tensor,
+    target: gl.shared_memory_descriptor,  # [BLOCK_N, HEAD_MAIN] shared memory
+    tail_target: gl.shared_memory_descriptor,
+    full: gl.shared_memory_descriptor,  # [1] the barrier at which each thread arrives
+    table_row: gl.tensor,
+    pages: gl.tensor,  # as of `pages_of_keys`, or None: then each round asks for its own
+    tail_pages: gl.tensor,
+    page_stride: gl.tensor,
+    token_stride: gl.tensor,
+    tile: gl.tensor,
+    first_seen: gl.tensor,
+    end_seen: gl.tensor,
+    PAGE_SIZE: gl.constexpr,
+    HEAD_TAIL: gl.constexpr,
+) -> None:
+    """A tile's keys, or its values, into a slot that is free."""
+    gather_columns(
+        source, target, table_row, pages, page_stride, token_stride, tile, first_seen, end_seen, PAGE_SIZE, 0
+    )
     if HEAD_TAIL:
         gather_columns(
-            key, k_tail_ring.index(slot), table_row, key_page_stride, key_token_stride, tile, first_seen, end_seen,
-            PAGE_SIZE, BLOCK_N, HEAD_TAIL, HEAD_MAIN,
+            source, tail_target, table_row, tail_pages, page_stride, token_stride, tile, first_seen, end_seen,
+            PAGE_SIZE, target.shape[1],
         )  # fmt: skip
-    if not FULL_TOGETHER:
-        async_copy.mbarrier_arrive(k_full.index(slot), increment_count=False)
-    if not FREE_TOGETHER:
-        mbarrier.wait(v_free.index(slot), left)
-    gather_columns(
-        value, v_ring.index(slot), table_row, value_page_stride, value_token_stride, tile, first_seen, end_seen,
-        PAGE_SIZE, BLOCK_N, HEAD_MAIN, 0,
-    )  # fmt: skip
-    async_copy.mbarrier_arrive(v_full.index(slot), increment_count=False)
+    async_copy.mbarrier_arrive(full, increment_count=False)
 
 
 @gluon.jit
@@ -231,28 +391,28 @@ def gather_columns(
     source: gl.tensor,
     target: gl.shared_memory_descriptor,  # [BLOCK_N, COLUMNS] shared memory
     table_row: gl.tensor,
+    pages: gl.tensor,  # the page number of each key, round by round, or None
     page_stride: gl.tensor,
     token_stride: gl.tensor,
     tile: gl.tensor,
     first_seen: gl.tensor,
     end_seen: gl.tensor,
     PAGE_SIZE: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    COLUMNS: gl.constexpr,
     FIRST_COLUMN: gl.constexpr,
 ) -> None:
     """Some columns of a tile, a few keys at a time, so that few addresses are held at once."""
-    ROWS: gl.constexpr = 32  # of one round
-    LANES: gl.constexpr = COLUMNS // 8 if COLUMNS < 256 else 32
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [GATHERING_WARPS, 1], [1, 0])
-    columns = FIRST_COLUMN + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
-    for first in gl.static_range(0, BLOCK_N, ROWS):
-        keys = tile + first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-        seen = (keys >= first_seen) & (keys < end_seen)
-        page = gl.load(table_row + keys // PAGE_SIZE, mask=seen, other=0)
+    BLOCK_N: gl.constexpr = target.shape[0]
+    COLUMNS: gl.constexpr = target.shape[1]
+    columns = FIRST_COLUMN + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout_of_gather(COLUMNS)))
+    for first in gl.static_range(0, BLOCK_N, GATHERED_ROWS):
+        keys, seen = keys_of_round(tile, first, first_seen, end_seen, COLUMNS)
+        if pages is None:
+            page = gl.load(table_row + keys // PAGE_SIZE, mask=seen, other=0)
+        else:
+            page = pages[first // GATHERED_ROWS]
         slots = (page.to(gl.int64) * page_stride + (keys % PAGE_SIZE) * token_stride) * PIECE
         gather_load(
-            target.slice(first, ROWS, dim=0),
+            target.slice(first, GATHERED_ROWS, dim=0),
             (source + columns)[None, :] + slots[:, None],
             mask=seen[:, None] & (columns >= 0)[None, :],
         )
