@@ -5,8 +5,9 @@ matrix instructions take them. Slot s has its barriers: `k_full` and `v_full` sa
 `k_free` and `v_free` that everybody has done with it; keys and values may share them. Tile n of a program goes into
 slot n % STAGES, as the slot's tile number n // STAGES, whose parity is what is waited for.
 
-Where a page holds boxes of keys (or keys lie side by side), one warp has the copy engine bring them, or one the keys and
-one the values: a box is some keys of a page and 64 columns. Smaller pages are gathered by four warps, 16 bytes a copy.
+Where a page holds boxes of keys (or keys lie side by side), one warp asks the copy engine for them, or one for keys
+and one for values: a box is some keys of a page and 64 columns. Smaller pages are gathered by four warps, 16 bytes a
+copy.
 """
 
 from __future__ import annotations
