@@ -283,11 +283,11 @@ def gather_tile(
     slot = number % STAGES
     wait_for_slot(free, number, STAGES)
     gather_pieces(
-        key, k_ring.index(slot), k_tail_ring.index(slot), k_full.index(slot), table_row, None, None, key_page_stride,
+        key, k_ring.index(slot), k_tail_ring.index(slot), k_full, slot, table_row, None, None, key_page_stride,
         key_token_stride, tile, first_seen, end_seen, PAGE_SIZE, HEAD_TAIL,
     )  # fmt: skip
     gather_pieces(
-        value, v_ring.index(slot), v_ring.index(slot), v_full.index(slot), table_row, None, None, value_page_stride,
+        value, v_ring.index(slot), v_ring.index(slot), v_full, slot, table_row, None, None, value_page_stride,
         value_token_stride, tile, first_seen, end_seen, PAGE_SIZE, 0,
     )  # fmt: skip
 
@@ -321,7 +321,7 @@ def gather_half(
     pages, tail_pages = pages_of_keys(tile, table_row, first_seen, end_seen, PAGE_SIZE, BLOCK_N, HEAD_MAIN, HEAD_TAIL)
     wait_for_slot(free, number, STAGES)
     gather_pieces(
-        source, ring.index(slot), tail_ring.index(slot), full.index(slot), table_row, pages, tail_pages, page_stride,
+        source, ring.index(slot), tail_ring.index(slot), full, slot, table_row, pages, tail_pages, page_stride,
         token_stride, tile, first_seen, end_seen, PAGE_SIZE, HEAD_TAIL,
     )  # fmt: skip
 
@@ -363,7 +363,8 @@ def gather_pieces(
     source: gl.tensor,
     target: gl.shared_memory_descriptor,  # [BLOCK_N, HEAD_MAIN] shared memory
     tail_target: gl.shared_memory_descriptor,
-    full: gl.shared_memory_descriptor,  # [1] the barrier at which each thread arrives
+    full: gl.shared_memory_descriptor,
+    slot: gl.tensor,
     table_row: gl.tensor,
     pages: gl.tensor,  # as of `pages_of_keys`, or None: then each round asks for its own
     tail_pages: gl.tensor,
@@ -384,7 +385,7 @@ def gather_pieces(
             source, tail_target, table_row, tail_pages, page_stride, token_stride, tile, first_seen, end_seen,
             PAGE_SIZE, target.shape[1],
         )  # fmt: skip
-    async_copy.mbarrier_arrive(full, increment_count=False)
+    async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
 
 
 @gluon.jit
