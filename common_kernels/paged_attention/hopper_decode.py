@@ -151,8 +151,8 @@ def load_part_of_keys(
             if BOX:
                 load_tile(
                     number + i, start + i * BLOCK_N, key, value, k_slots, k_tail_slots, v_slots, k_full, v_full, free,
-                    table_row, dead_page, kv_head, 0, first_seen, stop, True, PAGE_SIZE, BLOCK_N, BOX, HEAD_MAIN,
-                    HEAD_TAIL, STAGES,
+                    table_row, dead_page, kv_head, first_seen, stop, PAGE_SIZE, BLOCK_N, BOX, HEAD_MAIN, HEAD_TAIL,
+                    STAGES,
                 )  # fmt: skip
             else:
                 gather_tile(

@@ -25,7 +25,8 @@ reinterpret = first_of(gl.shared_memory_descriptor, ("reinterpret", "_reinterpre
 
 COLUMNS_OF_BOX = 64  # elements of a box's row: 128 bytes, as wide as the swizzle
 BOX_COLUMNS = gl.constexpr(COLUMNS_OF_BOX)
-GATHERING_WARPS = gl.constexpr(4)
+WARPS_THAT_GATHER = 4
+GATHERING_WARPS = gl.constexpr(WARPS_THAT_GATHER)
 GATHERED_ROWS = gl.constexpr(32)  # keys that the four warps gather in one round
 # Elements of a copy of 16 bytes. Strides of keys and values are counted in them, so that the compiler knows that every
 # copy begins at a multiple of 16 bytes.
@@ -88,7 +89,7 @@ def as_boxes(
 def load_tile(
     number: gl.tensor,  # of the tile, counted over all that the program loads
     tile: gl.tensor,  # the position of its first key, a multiple of BOX
-    key: gl.tensor,  # a descriptor of [pages, Hk, P, D], boxes [1, 1, BOX, 64]; contiguous: [1, Hk, K, D]
+    key: gl.tensor,  # a descriptor of [pages, Hk, P, D], boxes [1, 1, BOX, 64]
     value: gl.tensor,
     k_boxes: gl.shared_memory_descriptor,
     k_tail_boxes: gl.shared_memory_descriptor,
@@ -96,25 +97,21 @@ def load_tile(
     k_full: gl.shared_memory_descriptor,
     v_full: gl.shared_memory_descriptor,
     free: gl.shared_memory_descriptor,
-    table_row: gl.tensor,  # pointer: the row's first page number; contiguous: not used
+    table_row: gl.tensor,  # pointer: the row's first page number
     dead_page: gl.tensor,  # a page number that the descriptor does not have: its box arrives as zeros
     kv_head: gl.tensor,
-    first_place: gl.tensor,  # contiguous: where the row's first key lies
     first_seen: gl.tensor,  # boxes without a position first_seen <= j < end_seen are not read
     end_seen: gl.tensor,
-    PAGED: gl.constexpr,
     PAGE_SIZE: gl.constexpr,
     BLOCK_N: gl.constexpr,
-    BOX: gl.constexpr,  # the smaller one of page and tile; contiguous: the tile
+    BOX: gl.constexpr,  # the smaller one of page and tile
     HEAD_MAIN: gl.constexpr,
     HEAD_TAIL: gl.constexpr,
     STAGES: gl.constexpr,
 ) -> None:
     """Let the copy engine bring one tile, when its slot is free, all of it at once; values have HEAD_MAIN columns."""
     slot = number % STAGES
-    pages, place = pages_of_tile(
-        tile, table_row, dead_page, first_place, first_seen, end_seen, PAGED, PAGE_SIZE, BLOCK_N, BOX
-    )
+    pages, place = pages_of_tile(tile, table_row, dead_page, 0, first_seen, end_seen, True, PAGE_SIZE, BLOCK_N, BOX)
     wait_for_slot(free, number, STAGES)
     load_boxes(
         key, k_boxes, k_tail_boxes, k_full.index(slot), slot, pages, kv_head, place, BLOCK_N, BOX, HEAD_MAIN, HEAD_TAIL
@@ -126,26 +123,26 @@ def load_tile(
 def load_half(
     number: gl.tensor,
     tile: gl.tensor,
-    source: gl.tensor,
+    source: gl.tensor,  # contiguous: a descriptor of [1, Hk, K, D]
     boxes: gl.shared_memory_descriptor,
     tail_boxes: gl.shared_memory_descriptor,
     told: gl.shared_memory_descriptor,  # [1] the barrier that is told when they are there
     free: gl.shared_memory_descriptor,
-    table_row: gl.tensor,
+    table_row: gl.tensor,  # contiguous: not used
     dead_page: gl.tensor,
     kv_head: gl.tensor,
-    first_place: gl.tensor,
+    first_place: gl.tensor,  # contiguous: where the row's first key lies
     first_seen: gl.tensor,
     end_seen: gl.tensor,
     PAGED: gl.constexpr,
     PAGE_SIZE: gl.constexpr,
     BLOCK_N: gl.constexpr,
-    BOX: gl.constexpr,
+    BOX: gl.constexpr,  # contiguous: the tile
     HEAD_MAIN: gl.constexpr,
     HEAD_TAIL: gl.constexpr,
     STAGES: gl.constexpr,
 ) -> None:
-    """As `load_tile`, of the keys alone or of the values alone."""
+    """As `load_tile`, of the keys alone or of the values alone; also where they lie side by side (contiguous)."""
     pages, place = pages_of_tile(
         tile, table_row, dead_page, first_place, first_seen, end_seen, PAGED, PAGE_SIZE, BLOCK_N, BOX
     )
@@ -249,7 +246,7 @@ def load_columns(
 def layout_of_gather(columns: int) -> gl.BlockedLayout:
     """How four warps share the pieces of some keys of so many columns: whole rows, and side by side in a row."""
     lanes = min(columns // 8, 32)
-    return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [4, 1], [1, 0])
+    return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [WARPS_THAT_GATHER, 1], [1, 0])
 
 
 @gluon.jit
@@ -312,8 +309,9 @@ def gather_half(
 ) -> None:
     """As `gather_tile`, of the keys alone or of the values alone.
 
-    All page numbers are asked for ahead of the wait for the slot: asked for round by round, each round waits for its
-    own. Of the few tiles of a decoding row the first one's copies would begin later for it.
+    All page numbers are asked for ahead of the wait for the slot; round by round, as `gather_tile` does, each round
+    would wait for its own. A decoding row has few tiles: there the first copies shall begin early, as measured on an
+    H200.
     """
     BLOCK_N: gl.constexpr = ring.shape[1]
     HEAD_MAIN: gl.constexpr = ring.shape[2]
