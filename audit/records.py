@@ -27,7 +27,7 @@ class Event:
     """One operation, while metadata was built or a layer ran.
 
     Args:
-        name: "aten.copy_", "triton.merge_kernel", "Tensor.tolist".
+        name: "aten.copy_", "triton.taut_merge_states", "Tensor.tolist".
         by: "backend", or "engine" for what the engine's own layer does around it.
         kinds: how many of each of `operations.KINDS`.
         began: microseconds from the step's beginning, on the host.

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from taut.common_kernels.mla_decode import hopper_kernel as mla
-from taut.common_kernels.mla_decode.hopper_kernel import mla_decode
-from taut.common_kernels.paged_attention import hopper_kernel as paged
-from taut.common_kernels.paged_attention.hopper_kernel import paged_attention, ragged_attention
+from taut.common_kernels.mla_decode.hopper_launch import mla_decode, mla_workspace
+from taut.common_kernels.paged_attention.hopper_launch import paged_attention, paged_workspace, ragged_attention
 from taut.common_kernels.portable import merge, store_kv, store_mla_kv
 from taut.common_kernels.reference import NoWorkspace
 
@@ -26,7 +24,7 @@ def workspace(
 ) -> Workspace:
     """See `Kernels.workspace`. `table_path` names a tile table to use instead of the built-in ones."""
     if problem.operation == "mla_decode":
-        return mla.workspace(problem, max_rows, max_tokens, device, table_path)
+        return mla_workspace(problem, max_rows, max_tokens, device, table_path)
     if problem.operation == "paged_attention":
-        return paged.workspace(problem, max_rows, max_tokens, device, table_path, problem.left)
+        return paged_workspace(problem, max_rows, max_tokens, device, table_path, problem.left)
     return NoWorkspace(table_path)

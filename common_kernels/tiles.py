@@ -11,7 +11,7 @@ A table is a JSON file, one per kind of GPU:
          {"when": {},                "tile": {"keys": 32, "warps": 8}}]}}
 
 An entry serves when every fact named in its `when` lies in its range, both ends included; the first that serves is
-taken. What the facts and the numbers of a tile mean is said by the operation's own `triton_kernel`.
+taken. What the facts and the numbers of a tile mean is said by the operation's own `triton_launch`.
 """
 
 from __future__ import annotations

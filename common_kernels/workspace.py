@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from taut.common_kernels.problem import target_matches
-from taut.common_kernels.schedule.triton_kernel import DeviceSchedule
+from taut.common_kernels.schedule.triton_launch import DeviceSchedule
 from taut.common_kernels.scratch import Scratch
 from taut.common_kernels.targets import target_of
 

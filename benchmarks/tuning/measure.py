@@ -45,12 +45,12 @@ if TYPE_CHECKING:
 # Modules of the kernels that an operation with a tile launches, and their names there: a provider's own, and what all
 # of them share.
 OWN = {
-    "mla_decode.{provider}_kernel": ("mla_decode_kernel",),
-    "paged_attention.{provider}_kernel": ("decode_kernel", "prefill_kernel"),
+    "mla_decode.{provider}_launch": ("taut_mla_decode",),
+    "paged_attention.{provider}_launch": ("taut_decode", "taut_prefill"),
 }
-SHARED = {"merge.triton_kernel": ("merge_items_kernel",), "schedule.triton_kernel": ("schedule_kernel",)}
+SHARED = {"merge.triton_launch": ("taut_merge",), "schedule.triton_launch": ("taut_schedule",)}
 # Modules that ask what the device is; those of Gluon ask the portable ones too.
-ASKING = ("workspace", "paged_attention.triton_kernel", *OWN)
+ASKING = ("workspace", "paged_attention.triton_launch", *OWN)
 # Of the batch of the check. As many rows, and room for as many tokens, as divide by 16: Triton compiles for that.
 CHECKED_LENGTHS = (0, 1, 17, 640, 2500, 63, 4096, 16, 15, 0, 64, 1023, 33, 2, 3000, 128)
 CHECKED_TOKENS = 1000  # of each row where keys lie side by side

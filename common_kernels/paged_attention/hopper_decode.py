@@ -45,7 +45,7 @@ from taut.common_kernels.paged_attention.hopper_softmax import (
     sees,
     sees_any,
 )
-from taut.common_kernels.schedule.gluon_kernel import (
+from taut.common_kernels.schedule.hopper_items import (
     let_next_start,
     load_first_item,
     load_item,
@@ -532,7 +532,7 @@ def attend_part(
 
 
 @gluon.jit(do_not_specialize=["tokens", "rows", "pages", "table_stride"])
-def decode_kernel(
+def taut_decode(
     query: gl.tensor,  # [T, Hq, D]
     key: gl.tensor,  # a descriptor of [N, Hk, P, D], boxes [1, 1, BOX, 64]; gathered: the cache [N, P, Hk, D]
     value: gl.tensor,
@@ -589,7 +589,7 @@ def decode_kernel(
     STAGES: gl.constexpr,
     LOAD_REGISTERS: gl.constexpr,  # of a thread that loads
 ) -> None:
-    """One program works through one part for the packed heads of one key-value head; see `hopper_kernel.decode`."""
+    """One program works through one part for the packed heads of one key-value head; see `hopper_launch.decode`."""
     PACKS: gl.constexpr = (GROUP + PACK - 1) // PACK
     LOAD_WARPS: gl.constexpr = 1 if BOX else GATHERING_WARPS
     gl.static_assert(BOX == 0 or TILE % BOX == 0, "a part may begin amid a box")

@@ -755,7 +755,7 @@ def attend_as(
     ],
     do_not_specialize_on_alignment=["lengths"],  # a chunk's begin anywhere in a table of all chunks
 )
-def prefill_kernel(
+def taut_prefill(
     query: gl.tensor,  # [T, Hq, D]
     key: gl.tensor,  # [N, P, Hk, D] if gathered, else a descriptor of [N, Hk, P, D]; contiguous: of [1, Hk, K, D]
     value: gl.tensor,
@@ -807,7 +807,7 @@ def prefill_kernel(
     REGISTERS: gl.constexpr,  # of a thread that attends
     LOAD_REGISTERS: gl.constexpr,  # of a thread that loads
 ) -> None:
-    """One program attends for one block of queries of a row and PACK of its heads; see `hopper_kernel.prefill`."""
+    """One program attends for one block of queries of a row and PACK of its heads; see `hopper_launch.prefill`."""
     AHEAD: gl.constexpr = HEAD_MAIN == 64
     gl.static_assert(WARPGROUPS == 2 or AHEAD, "three warpgroups cannot attend by turns")
     BLOCK_M: gl.constexpr = 64 * WARPGROUPS

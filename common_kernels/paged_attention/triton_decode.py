@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from taut.common_kernels.merge.triton_kernel import combine
+from taut.common_kernels.merge.triton_launch import combine
 from taut.common_kernels.paged_attention.triton_softmax import (
     LOG2E,
     LOWEST,
@@ -22,11 +22,11 @@ from taut.common_kernels.paged_attention.triton_softmax import (
     scale_of_scores,
     sees_any,
 )
-from taut.common_kernels.schedule.triton_kernel import load_first_item, load_item, load_part, tiles_of
+from taut.common_kernels.schedule.triton_launch import load_first_item, load_item, load_part, tiles_of
 
 
 @triton.jit(do_not_specialize=["tokens", "rows", "table_stride"])
-def decode_kernel(
+def taut_decode(
     query: tl.tensor,  # [T, Hq, D]
     key: tl.tensor,  # [N, P, Hk, D]
     value: tl.tensor,  # [N, P, Hk, V]
@@ -96,7 +96,7 @@ def decode_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
-    """One program works through one part for the packed heads of one key-value head; see `triton_kernel.decode`."""
+    """One program works through one part for the packed heads of one key-value head; see `triton_launch.decode`."""
     PACKS: tl.constexpr = (GROUP + PACK - 1) // PACK
     VALUE_SIZE: tl.constexpr = VALUE_MAIN + VALUE_TAIL
     MERGE_QUERIES: tl.constexpr = MERGE_ROWS // PACK

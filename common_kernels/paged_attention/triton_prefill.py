@@ -37,7 +37,7 @@ def row_of_block(query_starts: tl.tensor, rows: tl.tensor, block: tl.tensor, BLO
 
 @triton.jit
 def place_of(program: tl.tensor, packs: tl.tensor, together: tl.tensor, blocks: tl.tensor) -> tl.tensor:
-    """Which pack of heads and which block of queries a program serves; see `triton_kernel.heads_together`.
+    """Which pack of heads and which block of queries a program serves; see `triton_launch.heads_together`.
 
     So many packs run side by side, and their last blocks come first: under a causal mask they are the longest.
     """
@@ -51,7 +51,7 @@ def place_of(program: tl.tensor, packs: tl.tensor, together: tl.tensor, blocks: 
     do_not_specialize=["tokens", "rows", "packs", "together", "table_stride", "lse_token_stride", "lse_head_stride"],
     do_not_specialize_on_alignment=["lengths"],  # a chunk's begin anywhere in a table of all chunks
 )
-def prefill_kernel(
+def taut_prefill(
     query: tl.tensor,  # [T, Hq, D]
     key: tl.tensor,  # [N, P, Hk, D]; contiguous: [K, Hk, D]
     value: tl.tensor,
@@ -113,7 +113,7 @@ def prefill_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
-    """One program attends for one block of queries of a row and PACK of its heads; see `triton_kernel.prefill`."""
+    """One program attends for one block of queries of a row and PACK of its heads; see `triton_launch.prefill`."""
     PACKS: tl.constexpr = (GROUP + PACK - 1) // PACK
     QUERIES: tl.constexpr = BLOCK_M // PACK
     pack, block = place_of(tl.program_id(0), packs, together, tl.num_programs(0) // packs)

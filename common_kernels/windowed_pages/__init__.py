@@ -38,6 +38,6 @@ def windowed_step(step: Step, translation: Tensor, window: int, made: Step | Non
     if table.device.type == "cpu":
         from taut.common_kernels.windowed_pages.reference import fill
     else:
-        from taut.common_kernels.windowed_pages.triton_kernel import fill
+        from taut.common_kernels.windowed_pages.triton_launch import fill
     fill(step, translation, window, table, lengths)
     return made

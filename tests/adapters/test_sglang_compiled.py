@@ -22,14 +22,14 @@ from taut.adapters.engine import Selection
 from taut.adapters.sglang import backend, bridge, layers, selection
 from taut.common_kernels import workspace as workspaces
 from taut.common_kernels.gluon_features import missing
-from taut.common_kernels.merge import triton_kernel as merge
-from taut.common_kernels.mla_decode import hopper_kernel as hopper_mla
-from taut.common_kernels.paged_attention import hopper_kernel as hopper_paged
-from taut.common_kernels.paged_attention import triton_kernel as portable_paged
-from taut.common_kernels.schedule import triton_kernel as schedule
-from taut.common_kernels.store_kv import triton_kernel as store
+from taut.common_kernels.merge import triton_launch as merge
+from taut.common_kernels.mla_decode import hopper_launch as hopper_mla
+from taut.common_kernels.paged_attention import hopper_launch as hopper_paged
+from taut.common_kernels.paged_attention import triton_launch as portable_paged
+from taut.common_kernels.schedule import triton_launch as schedule
+from taut.common_kernels.store_kv import triton_launch as store
 from taut.common_kernels.windowed_pages import reference as windowed_on_cpu
-from taut.common_kernels.windowed_pages import triton_kernel as windowed
+from taut.common_kernels.windowed_pages import triton_launch as windowed
 from taut.common_kernels.workspace import DeviceFacts
 
 if TYPE_CHECKING:
@@ -39,13 +39,13 @@ pytestmark = pytest.mark.skipif(bool(missing()), reason="needs a Triton that has
 
 H200 = DeviceFacts("sm_90", 232_448, 132)
 KERNELS = (
-    (schedule, "schedule_kernel"),
-    (merge, "merge_items_kernel"),
-    (hopper_paged, "decode_kernel"),
-    (hopper_paged, "prefill_kernel"),
-    (hopper_mla, "mla_decode_kernel"),
-    (store, "store_kernel"),
-    (windowed, "windowed_pages_kernel"),
+    (schedule, "taut_schedule"),
+    (merge, "taut_merge"),
+    (hopper_paged, "taut_decode"),
+    (hopper_paged, "taut_prefill"),
+    (hopper_mla, "taut_mla_decode"),
+    (store, "taut_store_kv"),
+    (windowed, "taut_windowed_pages"),
 )
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 REQUESTS, CONTEXT, CHUNK = 40, 1040, 8192

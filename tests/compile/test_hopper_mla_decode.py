@@ -11,10 +11,10 @@ from compile.early_access import early_accesses
 from compile.launches import Recorder, compile_for, facts_of, resources_of
 from taut.common_kernels import hopper
 from taut.common_kernels import workspace as workspaces
-from taut.common_kernels.merge import triton_kernel as merge
-from taut.common_kernels.mla_decode import hopper_kernel
+from taut.common_kernels.merge import triton_launch as merge
+from taut.common_kernels.mla_decode import hopper_launch
 from taut.common_kernels.problem import Problem
-from taut.common_kernels.schedule import triton_kernel as schedule
+from taut.common_kernels.schedule import triton_launch as schedule
 from taut.common_kernels.step import PageTable, Step
 
 
@@ -52,11 +52,11 @@ def launch(
     cache_dtype: str = "bfloat16",
 ) -> dict[str, Any]:
     """The launch of a layer."""
-    recorder = Recorder(hopper_kernel.mla_decode_kernel)
-    monkeypatch.setattr(hopper_kernel, "mla_decode_kernel", recorder)
-    monkeypatch.setattr(merge, "merge_items_kernel", Recorder(merge.merge_items_kernel))
-    monkeypatch.setattr(schedule, "schedule_kernel", Recorder(schedule.schedule_kernel))
-    for module in (hopper_kernel, workspaces):
+    recorder = Recorder(hopper_launch.taut_mla_decode)
+    monkeypatch.setattr(hopper_launch, "taut_mla_decode", recorder)
+    monkeypatch.setattr(merge, "taut_merge", Recorder(merge.taut_merge))
+    monkeypatch.setattr(schedule, "taut_schedule", Recorder(schedule.taut_schedule))
+    for module in (hopper_launch, workspaces):
         monkeypatch.setattr(module, "device_facts", lambda _: facts_of("sm_90"))
     rows, tokens = 3, 3 * max_query
     problem = Problem("mla_decode", "sm_90", "bfloat16", cache_dtype, heads, 1, 576, 512, page_size, max_query)
@@ -79,7 +79,7 @@ def launch(
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_an_instance_takes(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
-    kernel, (asked, limits) = hopper_kernel.mla_decode_kernel, CASES[case]
+    kernel, (asked, limits) = hopper_launch.taut_mla_decode, CASES[case]
     made = launch(monkeypatch, **asked)
     compiled = compile_for(kernel, made, "sm_90")
     ptx, taken = compiled.asm["ptx"], resources_of(compiled)

@@ -9,11 +9,12 @@ import pytest
 from compile.early_access import early_accesses
 from compile.launches import compile_for, resources_of, said_by_assembler, threads_of
 from compile.test_paged_attention import FEATURES, launches
+from taut.common_kernels import hopper
 from taut.common_kernels.gluon_features import registers_can_move
-from taut.common_kernels.paged_attention import hopper_kernel
+from taut.common_kernels.paged_attention import hopper_launch
 from taut.common_kernels.step import Mask
 
-HOPPER = {"decode": (hopper_kernel, "decode_kernel"), "prefill": (hopper_kernel, "prefill_kernel")}
+HOPPER = {"decode": (hopper_launch, "taut_decode"), "prefill": (hopper_launch, "taut_prefill")}
 
 
 SHARED_MEMORY, RESERVED = 233_472, 1024  # bytes of a multiprocessor, and of them for each program
@@ -54,7 +55,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Taken]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_what_an_instance_takes(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     which, asked, expected = CASES[case]
-    made = launches(monkeypatch, "sm_90", provider=hopper_kernel, kernels=HOPPER, **({"page_size": 64} | asked))
+    made = launches(monkeypatch, "sm_90", provider=hopper, kernels=HOPPER, **({"page_size": 64} | asked))
     compiled = compile_for(*made[which], "sm_90")
     registers, stack = resources_of(compiled)
     by_memory = SHARED_MEMORY // (compiled.metadata.shared + RESERVED)

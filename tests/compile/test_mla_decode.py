@@ -10,12 +10,12 @@ import torch
 from compile.launches import TARGETS, Recorder, compile_for, facts_of
 from taut.common_kernels import portable
 from taut.common_kernels import workspace as workspaces
-from taut.common_kernels.merge import triton_kernel as merge
-from taut.common_kernels.mla_decode import triton_kernel as mla
+from taut.common_kernels.merge import triton_launch as merge
+from taut.common_kernels.mla_decode import triton_launch as mla
 from taut.common_kernels.problem import Problem
-from taut.common_kernels.schedule import triton_kernel as schedule
+from taut.common_kernels.schedule import triton_launch as schedule
 from taut.common_kernels.step import PageTable, Step
-from taut.common_kernels.store_kv import triton_kernel as store
+from taut.common_kernels.store_kv import triton_launch as store
 
 # Of each entry of the tables the problem that needs most; smaller ranks have the same tiles and need less.
 CASES: dict[str, dict[str, Any]] = {
@@ -26,11 +26,11 @@ CASES: dict[str, dict[str, Any]] = {
     "float8, many heads": {"heads": 128, "cache_dtype": "float8_e4m3fn"},
 }
 MODULES = {
-    "mla_decode_kernel": mla,
-    "merge_items_kernel": merge,
-    "merge_kernel": merge,
-    "schedule_kernel": schedule,
-    "store_kernel": store,
+    "taut_mla_decode": mla,
+    "taut_merge": merge,
+    "taut_merge_states": merge,
+    "taut_schedule": schedule,
+    "taut_store_kv": store,
 }
 
 
@@ -72,22 +72,22 @@ def launches(
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("case", CASES)
 def test_attention_fits(monkeypatch: pytest.MonkeyPatch, target: str, case: str) -> None:
-    compile_for(*launches(monkeypatch, target, **CASES[case])["mla_decode_kernel"], target)
+    compile_for(*launches(monkeypatch, target, **CASES[case])["taut_mla_decode"], target)
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_pages_of_one_token(monkeypatch: pytest.MonkeyPatch, target: str) -> None:
-    compile_for(*launches(monkeypatch, target, 128, page_size=1)["mla_decode_kernel"], target)
+    compile_for(*launches(monkeypatch, target, 128, page_size=1)["taut_mla_decode"], target)
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("kernel", [name for name in MODULES if name != "mla_decode_kernel"])
+@pytest.mark.parametrize("kernel", [name for name in MODULES if name != "taut_mla_decode"])
 def test_the_others_fit(monkeypatch: pytest.MonkeyPatch, target: str, kernel: str) -> None:
     made = launches(monkeypatch, target, 128, cache_dtype="float8_e4m3fn")
     compile_for(*made[kernel], target)
 
 
-@pytest.mark.parametrize("kernel", ["mla_decode_kernel", "merge_items_kernel", "schedule_kernel"])
+@pytest.mark.parametrize("kernel", ["taut_mla_decode", "taut_merge", "taut_schedule"])
 @pytest.mark.parametrize(("target", "dependent"), [("sm_80", False), ("sm_90", True)])
 def test_what_is_launched_early_waits(
     monkeypatch: pytest.MonkeyPatch, target: str, dependent: bool, kernel: str
@@ -99,7 +99,7 @@ def test_what_is_launched_early_waits(
 
 def test_the_warps_of_hopper_share_out_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     """64 rows occupy one group of four warps: the other one must not compute the same scores again."""
-    kernel, launch = launches(monkeypatch, "sm_90", 128)["mla_decode_kernel"]
+    kernel, launch = launches(monkeypatch, "sm_90", 128)["taut_mla_decode"]
 
     def products(spread: bool) -> int:
         ptx = compile_for(kernel, launch | {"SPREAD": spread}, "sm_90").asm["ptx"]

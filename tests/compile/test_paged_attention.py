@@ -9,7 +9,7 @@ import torch
 
 from compile.launches import TARGETS, Recorder, compile_for, facts_of
 from taut.common_kernels import portable
-from taut.common_kernels.paged_attention import triton_kernel
+from taut.common_kernels.paged_attention import triton_launch
 from taut.common_kernels.problem import Problem
 from taut.common_kernels.step import Mask, PageTable, Step
 
@@ -27,7 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 # Of each kernel the module that launches it, and its name there.
-TRITON = {"decode": (triton_kernel, "decode_kernel"), "prefill": (triton_kernel, "prefill_kernel")}
+TRITON = {"decode": (triton_launch, "taut_decode"), "prefill": (triton_launch, "taut_prefill")}
 
 
 def launches(
@@ -53,10 +53,10 @@ def launches(
     recorders = {name: Recorder(getattr(*place)) for name, place in kernels.items()}
     for name, place in kernels.items():
         monkeypatch.setattr(*place, recorders[name])
-    for module in (triton_kernel, *(module for module, _ in kernels.values())):
+    for module in (triton_launch, *(module for module, _ in kernels.values())):
         monkeypatch.setattr(module, "device_facts", lambda _: facts_of(target))
         monkeypatch.setattr(module, "merge_items", lambda *_: None)
-    triton_kernel.prefill_tile.cache_clear()
+    triton_launch.prefill_tile.cache_clear()
 
     kv_heads, tokens = 2, rows * max_query or 40
     q_heads = kv_heads * group
@@ -97,7 +97,7 @@ def launches(
         workspace=provider.workspace(problem, rows, tokens, "cpu"),
         **scales,
     )
-    triton_kernel.prefill_tile.cache_clear()
+    triton_launch.prefill_tile.cache_clear()
     for recorder in recorders.values():
         for launch in recorder.launches:
             if dtype == "float32" and target.startswith("sm_"):

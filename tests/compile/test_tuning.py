@@ -19,7 +19,7 @@ from taut.benchmarks.tuning.measure import Job, compile_tile
 from taut.benchmarks.tuning.problems import questions
 from taut.benchmarks.tuning.space import space_of
 from taut.benchmarks.tuning.writing import as_json, only
-from taut.common_kernels.paged_attention import hopper_kernel
+from taut.common_kernels.paged_attention import hopper_launch
 from taut.common_kernels.tiles import built_in_tables, choose_table
 
 if TYPE_CHECKING:
@@ -178,8 +178,8 @@ def test_every_neighbour_is_launched_as_no_other(
 ) -> None:
     """Every number that is tried reaches a kernel of its provider: no two tiles are timed that do the same."""
     monkeypatch.setattr(measure, "CompileOnly", Told)
-    monkeypatch.setattr(hopper_kernel, "registers_can_move", lambda: True)
-    kernels = {"mla_decode": "mla_decode_kernel", "paged_decode": "decode_kernel"}
+    monkeypatch.setattr(hopper_launch, "registers_can_move", lambda: True)
+    kernels = {"mla_decode": "taut_mla_decode", "paged_decode": "taut_decode"}
     for one in asked(provider, page):
         start, space = todays(one), space_of(one.table_operation)
         launches = []
@@ -187,6 +187,6 @@ def test_every_neighbour_is_launched_as_no_other(
             monkeypatch.setattr(Told, "launches", [])
             outcome = compile_tile(job(one, tile, tmp_path))
             assert outcome.status == "timed", (tile, outcome.why)
-            assert kernels.get(one.operation, "prefill_kernel") in {name for name, *_ in Told.launches}
+            assert kernels.get(one.operation, "taut_prefill") in {name for name, *_ in Told.launches}
             assert Told.launches not in launches, tile
             launches.append(Told.launches)

@@ -18,7 +18,7 @@ from emulated import test_hopper_mla, test_hopper_paged
 from emulated.test_hopper_mla import _assembly, _hopper_of_few_multiprocessors  # noqa: F401 - fixtures
 from emulated.test_hopper_paged import LONG, SHORT, small  # noqa: F401
 from taut.common_kernels import hopper
-from taut.common_kernels.mla_decode import hopper_kernel as mla
+from taut.common_kernels.mla_decode import hopper_launch as mla
 from taut.common_kernels.paged_attention import hopper_decode, hopper_prefill, hopper_ring
 
 CALLS = {
@@ -29,7 +29,7 @@ CALLS = {
     "wait_for_kernel_ahead",
 }
 # What is launched: the fences there stand behind the making of barriers, which is not emulated.
-ENTRIES = {"mla_decode_kernel", "decode_kernel", "prefill_kernel"}
+ENTRIES = {"taut_mla_decode", "taut_decode", "taut_prefill"}
 SEEDS = range(4)
 LONGER = {"head_size": 128, "value_size": 128}
 

@@ -19,7 +19,7 @@ from gluon_emulator.values import Tensor
 
 from taut.common_kernels import hopper
 from taut.common_kernels import workspace as workspaces
-from taut.common_kernels.mla_decode import hopper_kernel, triton_kernel
+from taut.common_kernels.mla_decode import hopper_launch, triton_launch
 from taut.common_kernels.workspace import DeviceFacts
 
 FACTS = DeviceFacts("sm_90", 232_448, 3)  # a Hopper GPU with few multiprocessors, for splits
@@ -27,7 +27,7 @@ FACTS = DeviceFacts("sm_90", 232_448, 3)  # a Hopper GPU with few multiprocessor
 
 @pytest.fixture(autouse=True)
 def _hopper_of_few_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (hopper_kernel, triton_kernel, workspaces):
+    for module in (hopper_launch, triton_launch, workspaces):
         monkeypatch.setattr(module, "device_facts", lambda _: FACTS)
 
 
@@ -107,6 +107,6 @@ def test_rows_at_odd_addresses(monkeypatch: pytest.MonkeyPatch, case: str, odd: 
         arguments[place] = at_odd_addresses(arguments[place])
         inputs = replace(inputs, arguments=tuple(arguments))
     assert_close(inputs.run(hopper), inputs.expected(), "bfloat16")
-    monkeypatch.setattr(hopper_kernel, "lies_in_sixteens", lambda _: True)
+    monkeypatch.setattr(hopper_launch, "lies_in_sixteens", lambda _: True)
     with pytest.raises(AssertionError, match="no multiples of 16 bytes"):
         inputs.run(hopper)

@@ -18,7 +18,7 @@ from strategies import paged_cases
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from taut.common_kernels.paged_attention import hopper_kernel, triton_kernel
+from taut.common_kernels.paged_attention import hopper_launch, triton_launch
 from taut.common_kernels.paged_attention.hopper_decode import max_over_keys, sum_over_keys
 from taut.common_kernels.reference import NoWorkspace
 from taut.common_kernels.step import Mask
@@ -55,9 +55,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
     path.write_text(json.dumps(table))
     torch.set_num_threads(1)
     return SimpleNamespace(
-        workspace=partial(hopper_kernel.workspace, table_path=str(path)),
-        paged_attention=hopper_kernel.paged_attention,
-        ragged_attention=partial(hopper_kernel.ragged_attention, workspace=NoWorkspace(str(path))),
+        workspace=partial(hopper_launch.paged_workspace, table_path=str(path)),
+        paged_attention=hopper_launch.paged_attention,
+        ragged_attention=partial(hopper_launch.ragged_attention, workspace=NoWorkspace(str(path))),
     )
 
 
@@ -65,12 +65,12 @@ def check(kernels: Any, case: PagedCase, served_by: str = "both", seed: int = 0)
     """A case through the kernels that serve it, in the order of a seed; all of one row are served by decode."""
     inputs = build_paged(case)
     with pytest.MonkeyPatch.context() as patch, gluon_emulator.seeded(seed) as launched:
-        patch.setattr(triton_kernel, "DECODE_QUERIES", SERVED_BY[served_by])
-        patch.setattr(hopper_kernel, "device_facts", lambda _: FACTS)
-        patch.setattr(hopper_kernel, "registers_can_move", lambda: True)
+        patch.setattr(triton_launch, "DECODE_QUERIES", SERVED_BY[served_by])
+        patch.setattr(hopper_launch, "device_facts", lambda _: FACTS)
+        patch.setattr(hopper_launch, "registers_can_move", lambda: True)
         assert_close(inputs.run(kernels), inputs.expected(), case.dtype)
     extends = inputs.step.max_query > SERVED_BY[served_by]
-    assert launched == (["prefill_kernel"] * extends + ["decode_kernel"] if inputs.tokens else [])
+    assert launched == (["taut_prefill"] * extends + ["taut_decode"] if inputs.tokens else [])
 
 
 def check_ragged(kernels: Any, case: PagedCase, seed: int = 0) -> None:
@@ -137,7 +137,7 @@ def test_groups(small: Any, q_heads: int, kv_heads: int, served_by: str) -> None
 
 @pytest.mark.parametrize("together", [1, 2])
 def test_heads_that_are_served_one_after_the_other(small: Any, monkeypatch: pytest.MonkeyPatch, together: int) -> None:
-    monkeypatch.setattr(hopper_kernel, "heads_together", lambda *_: together)
+    monkeypatch.setattr(hopper_launch, "heads_together", lambda *_: together)
     check(small, PagedCase(**PAGED_BATCH, **SHORT, q_heads=9, kv_heads=3), "prefill")
 
 

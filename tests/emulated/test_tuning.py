@@ -52,7 +52,7 @@ def corners(one: Tuned) -> list[Tile]:
 def test_tiles_are_right(monkeypatch: pytest.MonkeyPatch, one: Tuned) -> None:
     monkeypatch.setattr(measure, "CHECKED_LENGTHS", (0, 1, 200, 65))
     monkeypatch.setattr(measure, "CHECKED_TOKENS", 150)
-    kernel = {"mla_decode": "mla_decode_kernel", "paged_decode": "decode_kernel"}.get(one.operation, "prefill_kernel")
+    kernel = {"mla_decode": "taut_mla_decode", "paged_decode": "taut_decode"}.get(one.operation, "taut_prefill")
     timed = []
 
     def time(calls: Sequence[Call]) -> float:

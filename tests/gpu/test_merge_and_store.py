@@ -9,7 +9,7 @@ import torch
 
 from taut.common_kernels import portable, reference
 from taut.common_kernels.schedule.reference import Part, ScheduleShape, schedule
-from taut.common_kernels.schedule.triton_kernel import DeviceSchedule
+from taut.common_kernels.schedule.triton_launch import DeviceSchedule
 from taut.common_kernels.step import PageTable, Step
 
 DEVICE = "cuda:0"

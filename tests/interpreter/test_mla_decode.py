@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from strategies import mla_cases
 
 from taut.common_kernels import portable
-from taut.common_kernels.mla_decode.triton_kernel import warm_up
+from taut.common_kernels.mla_decode.triton_launch import warm_up
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from strategies import paged_cases
 
 from taut.common_kernels import portable
-from taut.common_kernels.paged_attention import triton_kernel
+from taut.common_kernels.paged_attention import triton_launch
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,7 +47,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def check(kernels: Any, case: PagedCase, served_by: str = "both") -> None:
     inputs = build_paged(case)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_kernel, "DECODE_QUERIES", SERVED_BY[served_by])
+        patch.setattr(triton_launch, "DECODE_QUERIES", SERVED_BY[served_by])
         assert_close(inputs.run(kernels), inputs.expected(), case.dtype)
 
 
@@ -116,15 +116,15 @@ def test_few_heads_at_a_time(
     monkeypatch: pytest.MonkeyPatch, cached: int, sharers: int, programs: int, expected: int
 ) -> None:
     """Of five heads as many as the cache holds, but enough for two rounds of the GPU's four multiprocessors."""
-    monkeypatch.setattr(triton_kernel, "SHARERS", sharers)
+    monkeypatch.setattr(triton_launch, "SHARERS", sharers)
     key, value = torch.empty(1, 5, 96, dtype=torch.float16), torch.empty(1, 5, 32, dtype=torch.float16)
-    monkeypatch.setattr(triton_kernel, "CACHED_KEYS", cached * 1000 * (96 + 32) * 2)
-    assert triton_kernel.heads_together(key, value, 1000, programs, "cpu") == expected
+    monkeypatch.setattr(triton_launch, "CACHED_KEYS", cached * 1000 * (96 + 32) * 2)
+    assert triton_launch.heads_together(key, value, 1000, programs, "cpu") == expected
 
 
 @pytest.mark.parametrize("together", [1, 2, 4])
 def test_heads_that_are_served_one_after_the_other(small: Any, monkeypatch: pytest.MonkeyPatch, together: int) -> None:
-    monkeypatch.setattr(triton_kernel, "heads_together", lambda *_: together)
+    monkeypatch.setattr(triton_launch, "heads_together", lambda *_: together)
     check(small, PagedCase(**PAGED_BATCH, q_heads=15, kv_heads=5), "prefill")
 
 
@@ -137,7 +137,7 @@ def test_one_row_with_one_query(small: Any) -> None:
 
 
 def test_head_sizes_are_cut_into_powers_of_two() -> None:
-    assert [triton_kernel.halves(size) for size in (16, 80, 96, 128, 192)] == [
+    assert [triton_launch.halves(size) for size in (16, 80, 96, 128, 192)] == [
         (16, 0),
         (64, 16),
         (64, 32),
@@ -146,7 +146,7 @@ def test_head_sizes_are_cut_into_powers_of_two() -> None:
     ]
     for size in (8, 72, 112):
         with pytest.raises(ValueError, match="not a sum of two powers"):
-            triton_kernel.halves(size)
+            triton_launch.halves(size)
 
 
 def test_warm_up_leaves_a_workspace_that_serves(small: Any) -> None:
@@ -154,7 +154,7 @@ def test_warm_up_leaves_a_workspace_that_serves(small: Any) -> None:
     query, keys, values, step, mask = inputs.arguments
     problem = inputs.case.problem()
     workspace = small.workspace(problem, step.rows, len(query), "cpu")
-    triton_kernel.warm_up(problem, workspace, keys, values, step.pages, 2, mask, longest_query=50, lse=True)
+    triton_launch.warm_up(problem, workspace, keys, values, step.pages, 2, mask, longest_query=50, lse=True)
     workspace.prepare(step)
     assert_close(inputs.call(small.paged_attention, workspace=workspace), inputs.expected(), inputs.case.dtype)
 

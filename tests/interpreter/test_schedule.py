@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taut.common_kernels.schedule.reference import Item, Part, ScheduleShape, most_items, schedule
-from taut.common_kernels.schedule.triton_kernel import DeviceSchedule
+from taut.common_kernels.schedule.triton_launch import DeviceSchedule
 from taut.common_kernels.step import PageTable, Step
 
 

@@ -12,7 +12,7 @@ from taut.benchmarks.tasks import Task
 from taut.benchmarks.tuning import measure
 from taut.benchmarks.tuning.problems import questions
 from taut.benchmarks.tuning.space import space_of
-from taut.common_kernels.paged_attention import triton_kernel
+from taut.common_kernels.paged_attention import triton_launch
 from taut.common_kernels.tiles import built_in_tables, choose_table
 from taut.common_kernels.workspace import INTERPRETED
 
@@ -52,12 +52,12 @@ def test_tiles_reach_the_kernel_and_are_right(monkeypatch: pytest.MonkeyPatch, o
 
             return launch
 
-    from taut.common_kernels.mla_decode import triton_kernel as mla
+    from taut.common_kernels.mla_decode import triton_launch as mla
 
     for module, name in (
-        (mla, "mla_decode_kernel"),
-        (triton_kernel, "decode_kernel"),
-        (triton_kernel, "prefill_kernel"),
+        (mla, "taut_mla_decode"),
+        (triton_launch, "taut_decode"),
+        (triton_launch, "taut_prefill"),
     ):
         monkeypatch.setattr(module, name, Spy(name, getattr(module, name)))
 
@@ -65,7 +65,7 @@ def test_tiles_reach_the_kernel_and_are_right(monkeypatch: pytest.MonkeyPatch, o
         calls[0]()
         return 1.0
 
-    kernel = {"mla_decode": "mla_decode_kernel", "paged_decode": "decode_kernel", "paged_prefill": "prefill_kernel"}
+    kernel = {"mla_decode": "taut_mla_decode", "paged_decode": "taut_decode", "paged_prefill": "taut_prefill"}
     with measure.Session(BASE, INTERPRETED, "cpu", 0, time) as timer_of:
         for wanted, outcome in zip(tiles, timer_of(one)(tiles, None), strict=True):
             assert outcome.status == "timed", outcome.why

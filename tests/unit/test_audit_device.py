@@ -49,7 +49,7 @@ EVENTS = [
     {"ph": "M", "name": "process_name"},
     mark("layer 0", 10.0, 80.0),
     call("cuLaunchKernelEx", 11.0, 1, category="cuda_driver"),
-    on_device("decode_kernel", 1, "kernel", grid=[264, 1, 1], block=[128, 1, 1],
+    on_device("taut_decode", 1, "kernel", grid=[264, 1, 1], block=[128, 1, 1],
               **{"registers per thread": 255, "shared memory": 100_000}),
     operator("aten::zeros", 20.0, 9.0),  # one fill, whatever it is made of
     operator("aten::zero_", 22.0, 6.0),
@@ -88,7 +88,7 @@ def test_what_happened_inside_the_marks_by_kind() -> None:
 def test_kernels_with_their_waves() -> None:
     decode, fill, *_ = observed({"traceEvents": EVENTS, "deviceProperties": [PROPERTIES]}).kernels
     assert (decode.name, decode.scope, decode.microseconds, decode.grid) == (
-        "decode_kernel",
+        "taut_decode",
         "layer 0",
         3.5,
         (264, 1, 1),
@@ -101,7 +101,7 @@ def test_what_ran_on_the_device_with_its_kind_and_what_ran_beside_the_backend() 
     later = {**on_device("matmul", 8, "kernel"), "ts": 507.5}
     found = observed({"traceEvents": [*EVENTS, later, {**later, "name": "of the same graph"}]})
     assert [(kernel.name.split()[0], kernel.kind) for kernel in found.kernels] == [
-        ("decode_kernel", ""),
+        ("taut_decode", ""),
         ("fill", "fills"),
         ("Memset", "fills"),
         ("Memset", "fills"),

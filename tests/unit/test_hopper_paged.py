@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from taut.common_kernels.paged_attention import hopper_kernel, triton_kernel
-from taut.common_kernels.paged_attention.hopper_kernel import box_of, boxes_of, in_pieces, unreachable
+from taut.common_kernels.paged_attention import hopper_launch, triton_launch
+from taut.common_kernels.paged_attention.hopper_launch import box_of, boxes_of, in_pieces, unreachable
 from taut.common_kernels.problem import Problem
 from taut.common_kernels.schedule.reference import schedule
 from taut.common_kernels.workspace import DeviceFacts
@@ -53,9 +53,9 @@ def test_what_cannot_be_reached_is_said() -> None:
 @pytest.mark.parametrize("page_size", [1, 16, 32, 64, 128])
 def test_a_short_row_is_cut_into_whole_tiles_of_the_kernel(monkeypatch: pytest.MonkeyPatch, page_size: int) -> None:
     """Whatever the pages: 1024 keys in 16 parts of 64. Of half a tile the other half would be brought as zeros."""
-    monkeypatch.setattr(triton_kernel, "device_facts", lambda _: DeviceFacts("sm_90", 232_448, 132))
+    monkeypatch.setattr(triton_launch, "device_facts", lambda _: DeviceFacts("sm_90", 232_448, 132))
     problem = Problem("paged_attention", "sm_90", "bfloat16", "bfloat16", 32, 8, 128, 128, page_size, max_query=1)
-    workspace = hopper_kernel.workspace(problem, 4, 4, "cpu")
+    workspace = hopper_launch.paged_workspace(problem, 4, 4, "cpu")
     shape = workspace.schedule.shape
     short = schedule(shape, [1024], [0, 1])
     assert [part.end_tile - part.first_tile for part in short.parts if part.last_item >= 0] == [64 // shape.tile] * 16

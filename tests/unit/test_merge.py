@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taut.common_kernels.merge.triton_kernel import merge_sizes
+from taut.common_kernels.merge.triton_launch import merge_sizes
 
 
 @given(st.integers(1, 300), st.integers(1, 5000), st.sampled_from((64, 128, 512)))

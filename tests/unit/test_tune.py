@@ -94,8 +94,8 @@ def test_whose_tiles_is_asked_for_each_problem() -> None:
 
 def test_every_question_is_one_that_its_table_answers() -> None:
     """The facts are those that the kernels ask with."""
-    from taut.common_kernels.mla_decode.triton_kernel import mla_tile
-    from taut.common_kernels.paged_attention.triton_kernel import tile_facts
+    from taut.common_kernels.mla_decode.triton_launch import mla_tile
+    from taut.common_kernels.paged_attention.triton_launch import tile_facts
 
     torch = pytest.importorskip("torch")
     decode, _, mla, _ = ASKED

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import triton
 
-from taut.common_kernels.merge.triton_kernel import merge_items
-from taut.common_kernels.paged_attention.triton_decode import decode_kernel
-from taut.common_kernels.paged_attention.triton_prefill import prefill_kernel
+from taut.common_kernels.merge.triton_launch import merge_items
+from taut.common_kernels.paged_attention.triton_decode import taut_decode
+from taut.common_kernels.paged_attention.triton_prefill import taut_prefill
 from taut.common_kernels.reference import NoWorkspace
 from taut.common_kernels.schedule.reference import ScheduleShape, most_items, parts_that_fit
-from taut.common_kernels.schedule.triton_kernel import launch_options
+from taut.common_kernels.schedule.triton_launch import launch_options
 from taut.common_kernels.step import PageTable, Step
 from taut.common_kernels.tiles import table_for
 from taut.common_kernels.workspace import ScheduledWorkspace, device_facts
@@ -135,7 +135,7 @@ def decode_cut(table: TileTable, operation: str, group: int, max_query: int, fac
     return tile, pack, min(block, max_query) if max_query else min(block, DECODE_QUERIES)
 
 
-def workspace(
+def paged_workspace(
     problem: Problem,
     max_rows: int,
     max_tokens: int,
@@ -331,7 +331,7 @@ def decode(
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
 ) -> None:
-    """Serve the rows of a schedule: `decode_kernel`, then the merge of what was split.
+    """Serve the rows of a schedule: `taut_decode`, then the merge of what was split.
 
     Args:
         padding: whether queries past the last row are written here.
@@ -348,7 +348,7 @@ def decode(
     # saves a launch. With fewer items, all are split, and are merged sooner all over the device.
     merged_by_last = 2 * workspace.items > schedule.shape.parts and workspace.arrivals is not None
     overlapped = device_has.dependent_launch and not merged_by_last
-    decode_kernel[(kv_heads * triton.cdiv(group, workspace.pack), schedule.shape.parts)](
+    taut_decode[(kv_heads * triton.cdiv(group, workspace.pack), schedule.shape.parts)](
         query,
         as_stored(key_cache),
         as_stored(value_cache),
@@ -525,7 +525,7 @@ def launch_prefill(
     page_size: int = 1,
     more_than: int = 0,
 ) -> None:
-    """Launch `prefill_kernel`: over a cache [N, P, Hk, D] if there is a page table, else over keys [K, Hk, D].
+    """Launch `taut_prefill`: over a cache [N, P, Hk, D] if there is a page table, else over keys [K, Hk, D].
 
     Args:
         lengths: [R]; without a table the starts of each row's keys, [R + 1].
@@ -540,7 +540,7 @@ def launch_prefill(
     pack = min(tile["pack"], group)
     blocks = tokens // (tile["rows"] // pack) + rows + 1  # see `row_of_block`; one more row for the padding
     packs = triton.cdiv(group, pack)
-    prefill_kernel[(kv_heads * packs * blocks,)](
+    taut_prefill[(kv_heads * packs * blocks,)](
         query,
         key,
         value,

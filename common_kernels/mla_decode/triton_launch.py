@@ -27,9 +27,9 @@ import triton
 import triton.language as tl
 
 from taut.common_kernels.float8 import decode
-from taut.common_kernels.merge.triton_kernel import merge_items
+from taut.common_kernels.merge.triton_launch import merge_items
 from taut.common_kernels.schedule.reference import ScheduleShape, most_items, parts_that_fit
-from taut.common_kernels.schedule.triton_kernel import launch_options, load_first_item, load_item, load_part, tiles_of
+from taut.common_kernels.schedule.triton_launch import launch_options, load_first_item, load_item, load_part, tiles_of
 from taut.common_kernels.step import PageTable, Step
 from taut.common_kernels.tiles import table_for
 from taut.common_kernels.workspace import ScheduledWorkspace, device_facts
@@ -175,7 +175,7 @@ def _attend_tiles(
 
 
 @triton.jit(do_not_specialize=["step_rows", "tokens", "parts_count", "table_stride"])
-def mla_decode_kernel(
+def taut_mla_decode(
     q_nope: tl.tensor,
     q_pe: tl.tensor,
     cache: tl.tensor,
@@ -458,7 +458,7 @@ class MlaWorkspace(ScheduledWorkspace):
         self.one = torch.ones(1, device=device)  # the scale of a cache that comes without
 
 
-def workspace(
+def mla_workspace(
     problem: Problem, max_rows: int, max_tokens: int, device: str, table_path: str | None = None
 ) -> MlaWorkspace:
     """A workspace of `mla_decode`; see `Kernels.workspace`. `table_path` names a tile table to use instead."""
@@ -552,7 +552,7 @@ def mla_decode(
     tokens, heads, rank = q_nope.shape
     cut, tile, schedule, scratch = workspace.cut, workspace.cut.tile, workspace.schedule, workspace.scratch
     quantised = cache.dtype.itemsize == 1
-    mla_decode_kernel[(schedule.shape.parts * cut.head_blocks,)](
+    taut_mla_decode[(schedule.shape.parts * cut.head_blocks,)](
         q_nope,
         q_pe,
         cache.view(torch.uint8) if quantised else cache,

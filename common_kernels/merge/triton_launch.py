@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from taut.common_kernels.schedule.triton_kernel import launch_options, load_item, load_part
+from taut.common_kernels.schedule.triton_launch import launch_options, load_item, load_part
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,7 +96,7 @@ def _mixed_in(
 
 
 @triton.jit(do_not_specialize=["count", "tokens"])
-def merge_kernel(
+def taut_merge_states(
     parts: tl.tensor,
     part_lses: tl.tensor,
     out: tl.tensor,
@@ -156,7 +156,7 @@ def merge(parts: Tensor, part_lses: Tensor, out: Tensor, lse: Tensor | None = No
         return
     columns = triton.next_power_of_2(value)
     rows = max(1, 1024 // columns)
-    merge_kernel[(triton.cdiv(tokens * heads, rows),)](
+    taut_merge_states[(triton.cdiv(tokens * heads, rows),)](
         parts,
         part_lses,
         out,
@@ -178,7 +178,7 @@ def merge(parts: Tensor, part_lses: Tensor, out: Tensor, lse: Tensor | None = No
 
 
 @triton.jit
-def merge_items_kernel(
+def taut_merge(
     partials: tl.tensor,
     partial_lses: tl.tensor,
     items: tl.tensor,
@@ -261,7 +261,7 @@ def merge_items(
     by_item = shape.merges_by_item(workspace.items)
     programs = workspace.items if by_item else shape.parts - 1
     chunk, together, columns, warps = merge_sizes(shape.parts, workspace.items, value)
-    merge_items_kernel[(triton.cdiv(value, columns), triton.cdiv(rows, together), programs)](
+    taut_merge[(triton.cdiv(value, columns), triton.cdiv(rows, together), programs)](
         scratch.partials,
         scratch.lses,
         workspace.schedule.items,

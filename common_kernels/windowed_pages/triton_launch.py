@@ -16,7 +16,7 @@ SLOTS = 1024  # of one program
 
 
 @triton.jit(do_not_specialize=["window", "width"])
-def windowed_pages_kernel(
+def taut_windowed_pages(
     table: tl.tensor,  # [requests, context]
     table_rows: tl.tensor,  # [R] or None
     query_starts: tl.tensor,  # [R + 1]
@@ -50,7 +50,7 @@ def fill(step: Step, translation: Tensor, window: int, table: Tensor, lengths: T
     """Fill a contiguous table [R, width] and lengths [R]; see `windowed_step`."""
     if not step.rows:
         return
-    windowed_pages_kernel[(step.rows, triton.cdiv(table.shape[1], SLOTS))](
+    taut_windowed_pages[(step.rows, triton.cdiv(table.shape[1], SLOTS))](
         step.pages.table,
         step.pages.rows,
         step.query_starts,

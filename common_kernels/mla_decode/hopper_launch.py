@@ -1,6 +1,6 @@
 """`mla_decode` on Hopper, in Gluon: two warpgroups compute, a third brings keys from memory.
 
-The contract, the schedule, the scratch and the merge are those of the portable kernel, see `triton_kernel`. What is new
+The contract, the schedule, the scratch and the merge are those of the portable kernel, see `triton_launch`. What is new
 is who does what when, and in which form. docs/hopper-mla-decode.md counts products and bytes, and draws both forms.
 
 A tile is 64 keys: 512 columns of latent vectors, which are keys and values at once, in two halves of 256 (`left` and
@@ -75,16 +75,16 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from taut.common_kernels.float8 import TO_BFLOAT16
 from taut.common_kernels.gluon_assembly import worked_out
 from taut.common_kernels.gluon_features import THREAD_BARRIERS, TMA_LOADS, first_of
-from taut.common_kernels.merge.triton_kernel import merge_items
-from taut.common_kernels.mla_decode.triton_kernel import LOG2_E, MlaWorkspace, mla_tile
-from taut.common_kernels.schedule.gluon_kernel import (
+from taut.common_kernels.merge.triton_launch import merge_items
+from taut.common_kernels.mla_decode.triton_launch import LOG2_E, MlaWorkspace, mla_tile
+from taut.common_kernels.schedule.hopper_items import (
     let_next_start,
     load_first_item,
     load_item,
     load_part,
     wait_for_kernel_ahead,
 )
-from taut.common_kernels.schedule.triton_kernel import launch_options
+from taut.common_kernels.schedule.triton_launch import launch_options
 from taut.common_kernels.tiles import table_for
 from taut.common_kernels.workspace import device_facts
 
@@ -970,7 +970,7 @@ def _consume_few(
 
 
 @gluon.jit(do_not_specialize=["step_rows", "tokens", "parts_count", "table_stride"])
-def mla_decode_kernel(
+def taut_mla_decode(
     q_nope: gl.tensor,
     q_pe: gl.tensor,
     cache: gl.tensor,
@@ -1262,7 +1262,7 @@ def lies_in_sixteens(rows: Tensor) -> bool:
     return column == 1 and token % eight == 0 and head % eight == 0 and rows.data_ptr() % 16 == 0
 
 
-def workspace(
+def mla_workspace(
     problem: Problem, max_rows: int, max_tokens: int, device: str, table_path: str | None = None
 ) -> MlaWorkspace:
     """A workspace of `mla_decode`; see `Kernels.workspace`. `table_path` names a tile table to use instead."""
@@ -1304,7 +1304,7 @@ def mla_decode(
     quantised = cache.dtype.itemsize == 1
     boxed = comes_in_boxes(cache)
     wide, narrow = workspace.boxes(cache) if boxed else (None, None)
-    mla_decode_kernel[(schedule.shape.parts * cut.head_blocks,)](
+    taut_mla_decode[(schedule.shape.parts * cut.head_blocks,)](
         q_nope,
         q_pe,
         cache.view(torch.uint8) if quantised else cache,

@@ -1,14 +1,14 @@
-"""The schedule's tables as kernels in Gluon read them; see `triton_kernel`, which writes them and explains them."""
+"""The schedule's tables as kernels in Gluon read them; see `triton_launch`, which writes them and explains them."""
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from taut.common_kernels.schedule import triton_kernel
+from taut.common_kernels.schedule import triton_launch
 
-RECORD = gl.constexpr(triton_kernel.RECORD.value)
-PART_RECORD = gl.constexpr(triton_kernel.PART_RECORD.value)
+RECORD = gl.constexpr(triton_launch.RECORD.value)
+PART_RECORD = gl.constexpr(triton_launch.PART_RECORD.value)
 
 
 @gluon.jit
@@ -45,7 +45,7 @@ def tiles_of(
     queries: gl.tensor,
     first_key: gl.tensor,
     end_key: gl.tensor,
-    TILE: gl.constexpr,  # noqa: N803
+    TILE: gl.constexpr,
 ) -> gl.tensor:
     """Tiles of an item; see `reference.tiles_of`."""
     return gl.where(queries > 0, gl.maximum(gl.cdiv(end_key - first_key, TILE), 1), 0)
@@ -53,7 +53,7 @@ def tiles_of(
 
 @gluon.jit
 def wait_for_kernel_ahead() -> None:
-    """Wait until the kernel that was launched before this one has ended: see `triton_kernel.launch_options`.
+    """Wait until the kernel that was launched before this one has ended: see `triton_launch.launch_options`.
 
     Each partition does so for itself, as its first act: by then its warps and their registers are in place.
     """

@@ -149,7 +149,7 @@ def _side_by_side(
 
 
 @triton.jit(do_not_specialize=["rows", "parts", "looked_at"])
-def schedule_kernel(
+def taut_schedule(
     lengths: tl.tensor,
     query_starts: tl.tensor,
     items_out: tl.tensor,
@@ -325,7 +325,7 @@ class DeviceSchedule:
         one_block = 0 < step.max_query <= shape.block
         items = min(shape.max_items, most_items(rows, shape.max_items * shape.block, shape.block, step.max_query))
         chunk, steps = launch_sizes(rows if one_block else max(rows, items))
-        schedule_kernel[(1,)](
+        taut_schedule[(1,)](
             step.lengths,
             step.query_starts,
             self.items,

@@ -1,4 +1,4 @@
-"""`paged_attention` and `ragged_attention` on Hopper: as `triton_kernel`, with kernels in Gluon.
+"""`paged_attention` and `ragged_attention` on Hopper: as `triton_launch`, with kernels in Gluon.
 
 What a tile table tells (see `tiles`), under `hopper_paged_decode` and `hopper_paged_prefill`; facts as there. Numbers
 of both: `keys` of a tile; `stages` of the ring; registers of a thread that loads, `load_registers` where the copy
@@ -17,14 +17,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from taut.common_kernels.gluon_features import registers_can_move
-from taut.common_kernels.merge.triton_kernel import merge_items
-from taut.common_kernels.paged_attention import triton_kernel as portable
-from taut.common_kernels.paged_attention.hopper_decode import decode_kernel
-from taut.common_kernels.paged_attention.hopper_prefill import prefill_kernel
+from taut.common_kernels.merge.triton_launch import merge_items
+from taut.common_kernels.paged_attention import triton_launch
+from taut.common_kernels.paged_attention.hopper_decode import taut_decode
+from taut.common_kernels.paged_attention.hopper_prefill import taut_prefill
 from taut.common_kernels.paged_attention.hopper_ring import COLUMNS_OF_BOX, ELEMENTS_OF_PIECE
-from taut.common_kernels.paged_attention.triton_kernel import halves, heads_together, tile_facts
+from taut.common_kernels.paged_attention.triton_launch import halves, heads_together, tile_facts
 from taut.common_kernels.reference import NoWorkspace
-from taut.common_kernels.schedule.triton_kernel import launch_options
+from taut.common_kernels.schedule.triton_launch import launch_options
 from taut.common_kernels.tiles import table_for
 from taut.common_kernels.workspace import device_facts
 
@@ -48,11 +48,11 @@ REGISTERS_OF_ALL = {2: 3 * 168, 3: 4 * 128}
 DECODE_THREADS = 8 * 32  # of a program of the decode kernel: warps come in fours, those that load too
 
 
-def workspace(
+def paged_workspace(
     problem: Problem, max_rows: int, max_tokens: int, device: str, table_path: str | None = None, left: int = -1
-) -> portable.PagedWorkspace:
-    """A workspace of `paged_attention`; see `triton_kernel.workspace`."""
-    return portable.workspace(problem, max_rows, max_tokens, device, table_path, left, "hopper_paged_decode")
+) -> triton_launch.PagedWorkspace:
+    """A workspace of `paged_attention`; see `triton_launch.paged_workspace`."""
+    return triton_launch.paged_workspace(problem, max_rows, max_tokens, device, table_path, left, "hopper_paged_decode")
 
 
 def box_of(page_size: int, keys: int) -> int:
@@ -115,7 +115,7 @@ def paged_attention(
     workspace: Workspace | None = None,
 ) -> None:
     """See `Kernels.paged_attention`. Needs a workspace made by `workspace` and prepared for `step`."""
-    if not isinstance(workspace, portable.PagedWorkspace):
+    if not isinstance(workspace, triton_launch.PagedWorkspace):
         raise TypeError("paged_attention of the provider `hopper` needs the workspace that its `workspace` makes")
     if query.shape[0] == 0:
         return
@@ -153,7 +153,7 @@ def decode(
     step: Step,
     mask: Mask,
     out: Tensor,
-    workspace: portable.PagedWorkspace,
+    workspace: triton_launch.PagedWorkspace,
     *,
     padding: bool,
     scale: float,
@@ -161,7 +161,7 @@ def decode(
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
 ) -> None:
-    """Serve the rows of a schedule: `decode_kernel`, then the merge of what was split; see `triton_kernel.decode`."""
+    """Serve the rows of a schedule: `taut_decode`, then the merge of what was split; see `triton_launch.decode`."""
     tokens, q_heads, _ = query.shape
     kv_heads = key_cache.shape[2]
     group = q_heads // kv_heads
@@ -172,7 +172,7 @@ def decode(
     dependent = device_facts(str(query.device)).dependent_launch
     merged_by_last = 2 * workspace.items > schedule.shape.parts and workspace.arrivals is not None
     overlapped = dependent and not merged_by_last
-    decode_kernel[(kv_heads * triton.cdiv(group, workspace.pack), schedule.shape.parts)](
+    taut_decode[(kv_heads * triton.cdiv(group, workspace.pack), schedule.shape.parts)](
         query,
         boxes_of(key_cache, box) if box else key_cache,
         boxes_of(value_cache, box) if box else value_cache,
@@ -253,7 +253,7 @@ def ragged_attention(
     if query.shape[0] == 0:
         return
     if len(key) == 0 or unreachable(query, key, value, out):
-        portable.ragged_attention(
+        triton_launch.ragged_attention(
             query,
             key,
             value,
@@ -307,7 +307,7 @@ def launch_prefill(
     page_size: int = 0,
     more_than: int = 0,
 ) -> None:
-    """Launch `prefill_kernel`: over a cache [N, P, Hk, D] if there is a page table, else over keys [1, K, Hk, D].
+    """Launch `taut_prefill`: over a cache [N, P, Hk, D] if there is a page table, else over keys [1, K, Hk, D].
 
     Args:
         lengths: [R]; without a table the starts of each row's keys, [R + 1].
@@ -328,7 +328,7 @@ def launch_prefill(
     queries = warpgroups * ROWS_OF_WARPGROUP // pack  # of a block
     blocks = tokens // queries + rows + 1  # see `row_of_block`; one more row for the padding
     packs = group // pack
-    prefill_kernel[(kv_heads * packs * blocks,)](
+    taut_prefill[(kv_heads * packs * blocks,)](
         query,
         boxes_of(key, box) if box else key,
         boxes_of(value, box) if box else value,

@@ -49,7 +49,7 @@ def _copy(
 
 
 @triton.jit
-def store_kernel(
+def taut_store_kv(
     first: tl.tensor,  # keys, or latents as one head
     second: tl.tensor,  # values, or ropes
     first_cache: tl.tensor,
@@ -140,7 +140,7 @@ def store_kv(
     if quantise:
         key_cache, value_cache = key_cache.view(torch.uint8), value_cache.view(torch.uint8)
     heads, key_size, value_size = *key.shape[1:], value.shape[-1]
-    store_kernel[(slots.shape[0],)](
+    taut_store_kv[(slots.shape[0],)](
         key,
         value,
         key_cache,
