@@ -24,6 +24,7 @@ THREAD_BARRIERS = ("barrier", "thread_barrier")
 
 # For each module what it must have; of a tuple, one name.
 NEEDED: dict[str, tuple[str | tuple[str, ...], ...]] = {
+    "triton.language.core": ("_aggregate",),
     GLUON: ("jit", "constexpr_function"),
     LANGUAGE: (
         "BlockedLayout",

@@ -23,6 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from taut.common_kernels.aggregates import aggregates_of
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -352,3 +354,60 @@ def test_other_words_are_the_real_ones() -> None:
     from taut.common_kernels import gluon_features
 
     assert gluon_features.missing() == []
+
+
+aggregate = aggregates_of(gl, gluon)
+
+
+@aggregate
+class Scaled:
+    factor: gl.tensor
+    offsets: gl.tensor | None
+    ROWS: gl.constexpr
+
+
+@gluon.jit
+def scale_rows(scaled, out, FIRST: gl.constexpr):
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    rows = FIRST + gl.arange(0, scaled.ROWS, layout)
+    value = rows * scaled.factor
+    if scaled.offsets is not None:
+        value += gl.load(scaled.offsets + rows)
+    gl.store(out + rows, value)
+
+
+@gluon.jit
+def scaled_by_two_partitions(out, offsets, factor, WRONG: gl.constexpr):
+    scaled = Scaled(factor, offsets, ROWS=32)
+    if WRONG == "a tensor for a constexpr":
+        scaled = Scaled(factor, offsets, factor)
+    if WRONG == "a field that there is not":
+        scaled.rows = 3
+    if WRONG == "set twice":
+        scaled.factor = factor
+    if WRONG == "a tensor of many numbers for another partition":
+        scaled = Scaled(gl.arange(0, 32, gl.BlockedLayout([1], [32], [4], [0])), offsets, ROWS=32)
+    gl.warp_specialize([(scale_rows, (scaled, out, 0)), (scale_rows, (scaled, out, 32))], [4], [64])
+
+
+@pytest.mark.parametrize("factor", [1, 5])
+@pytest.mark.parametrize("has_offsets", [True, False])
+def test_aggregates_reach_every_partition(factor: int, has_offsets: bool) -> None:
+    """A factor that is 1 reaches a kernel as a constant, and is a scalar in the aggregate all the same."""
+    out, offsets = torch.zeros(64, dtype=torch.int32), torch.randint(0, 100, (64,), dtype=torch.int32)
+    scaled_by_two_partitions[(1,)](out, offsets if has_offsets else None, factor, "")
+    assert torch.equal(out, torch.arange(64, dtype=torch.int32) * factor + (offsets if has_offsets else 0))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("a tensor for a constexpr", "Scaled.ROWS is"),
+        ("a field that there is not", "Scaled has no field rows"),
+        ("set twice", "Scaled.factor is set already"),
+        ("a tensor of many numbers for another partition", "only scalars reach other warps"),
+    ],
+)
+def test_aggregates_are_checked(wrong: str, message: str) -> None:
+    with pytest.raises(EmulationError, match=message):
+        scaled_by_two_partitions[(1,)](torch.zeros(64, dtype=torch.int32), None, 5, wrong)

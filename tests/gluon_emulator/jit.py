@@ -18,7 +18,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from gluon_emulator import language
 from gluon_emulator.machine import Program, error_text, program, running, where
 from gluon_emulator.shared import Descriptor, SharedMemory
-from gluon_emulator.values import OF_TORCH, EmulationError, GlobalMemory, Tensor, to_tensor
+from gluon_emulator.values import OF_TORCH, Constexpr, EmulationError, GlobalMemory, Tensor, to_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -142,7 +142,7 @@ class Jitted:
 
     def _argument(self, name: str, value: Any, memories: dict[int, GlobalMemory]) -> Any:
         if "constexpr" in str(self.signature.parameters[name].annotation) or (
-            self.signature.parameters[name].annotation is language.Constexpr
+            self.signature.parameters[name].annotation is Constexpr
         ):
             return value
         if isinstance(value, torch.Tensor):

@@ -16,6 +16,7 @@ from triton.experimental.gluon.language import (
     SliceLayout,
 )
 
+from gluon_emulator.aggregates import parts_of
 from gluon_emulator.machine import program
 from gluon_emulator.values import (
     INFERRED,
@@ -39,13 +40,6 @@ if TYPE_CHECKING:
     from torch import Tensor as Numbers
 
 ROUNDED = {tl.float16, tl.bfloat16, tl.float32, tl.float64}
-
-
-class Constexpr:
-    """`gl.constexpr`: an annotation, and a number written as one."""
-
-    def __new__(cls, value: Any) -> Any:
-        return value
 
 
 def check_warps(layout: Any) -> None:
@@ -473,7 +467,7 @@ def warp_specialize(
     warps = [program().partition.num_warps, *worker_num_warps]
     jobs = []
     for (function, arguments), count in zip(functions_and_args, warps, strict=True):
-        if jobs and any(isinstance(argument, Tensor) and argument.shape for argument in arguments):
+        if jobs and any(isinstance(part, Tensor) and part.shape for part in parts_of(tuple(arguments))):
             raise EmulationError(f"{function.__name__} is given a tensor: only scalars reach other warps")
         jobs.append((function.__name__, functools.partial(function, *arguments), count))
     return program().specialise(jobs)

@@ -13,15 +13,16 @@ import triton.experimental.gluon.nvidia.hopper as real_host
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier as real_mbarrier
 
 from gluon_emulator import language, shared
+from gluon_emulator.aggregates import aggregate
 from gluon_emulator.jit import jit
-from gluon_emulator.values import Tensor
+from gluon_emulator.values import Constexpr, Tensor
 
 GLUON = "triton.experimental.gluon"
 # Names of the language that are the real thing: layouts and dtypes.
 KEPT = [name for name, value in vars(real).items() if name.endswith("Layout") or isinstance(value, real.dtype)]
 KEPT += ["pointer_type", "block_type", "dtype", "tuple"]
 LANGUAGE: dict[str, Any] = {
-    "constexpr": language.Constexpr,
+    "constexpr": Constexpr,
     "tensor": Tensor,
     "shared_memory_descriptor": shared.SharedMemory,
     "max": language.maximum_of,
@@ -104,7 +105,8 @@ def install() -> None:
     kept = {name: getattr(real, name) for name in KEPT}
     gl = _Module(f"{GLUON}.language", kept | LANGUAGE | {"nvidia": nvidia})
     host = _Module(f"{GLUON}.nvidia", {"hopper": real_host})
-    attributes = {"jit": jit, "constexpr_function": triton.constexpr_function, "language": gl, "nvidia": host}
+    attributes = {"aggregate": aggregate, "jit": jit, "constexpr_function": triton.constexpr_function}
+    attributes |= {"language": gl, "nvidia": host}
     gluon = _Module(GLUON, attributes)
     for module in (gluon, gl, nvidia, ampere, hopper, async_copy, mbarrier, tma, host):
         sys.modules[module.__name__] = module

@@ -424,6 +424,13 @@ def _shape(given: tuple[Any, ...]) -> tuple[int, ...]:
     return tuple(operator.index(size) for size in given)
 
 
+class Constexpr:
+    """`gl.constexpr`: an annotation, and a number written as one."""
+
+    def __new__(cls, value: Any) -> Any:
+        return value
+
+
 def to_tensor(value: Any, dtype: tl.dtype | None = None) -> Tensor:
     """A Python number as a scalar; tensors as they are."""
     if isinstance(value, Tensor):

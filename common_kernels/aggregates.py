@@ -1,0 +1,84 @@
+"""What belongs together in a kernel travels together: aggregates, as the installed Triton has them.
+
+An aggregate holds data. What reads it is a free function that takes it, in Triton and in Gluon alike: Triton's
+interpreter drops an aggregate's methods.
+
+    aggregate = aggregates_of(tl, triton)
+
+    @aggregate
+    class Mask:
+        left: tl.tensor
+        CAUSAL: tl.constexpr
+
+    mask = Mask(left, CAUSAL)  # in a kernel
+
+Fields are given in the order of the class, or by name. Triton before 3.8 does not count an aggregate's fields into the
+key of its cache: whoever changes their order alone clears that cache.
+"""
+
+from __future__ import annotations
+
+import typing
+from inspect import Parameter, Signature
+from typing import TYPE_CHECKING, Any
+
+from triton.language import core
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def aggregates_of(language: Any, home: Any) -> Callable[[type], Any]:
+    """The decorator that makes a class an aggregate of a language.
+
+    A field is annotated with a type of the language, `tl.constexpr` among them; with `TYPE | None` where a kernel's
+    argument may be None; with `Any` where it may be of several types.
+
+    A constexpr field takes a Python number. A tensor field takes one too, and the constexpr that Triton makes of an
+    argument that is 1.
+
+    Args:
+        language: `triton.language`, or Gluon's.
+        home: where `aggregate` is public from Triton 3.8 on: `triton`, or `triton.experimental.gluon`.
+    """
+    make = getattr(home, "aggregate", None) or core._aggregate
+
+    def decorate(cls: type) -> Any:
+        hints = typing.get_type_hints(cls)
+        cls.__annotations__ = {name: _kinds(hint, language) for name, hint in hints.items()}
+        cls.__init__ = _constructor(language, hints)  # type: ignore[misc]
+        return make(cls)
+
+    return decorate
+
+
+def _kinds(hint: Any, language: Any) -> Any:
+    """What a field's value must be an instance of."""
+    if hint is Any:
+        return object
+    if hint is language.tensor or type(None) in typing.get_args(hint):
+        return hint | language.constexpr | bool | int | float
+    return hint
+
+
+def _constructor(language: Any, hints: dict[str, Any]) -> Callable[..., None]:
+    signature = Signature([Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in hints])
+
+    def construct(self: Any, *values: Any, _semantic: Any = None, **named: Any) -> None:
+        for name, value in signature.bind(*values, **named).arguments.items():
+            setattr(self, name, _fitted(value, hints[name], language, _semantic))
+
+    construct.__triton_builtin__ = True  # type: ignore[attr-defined]
+    return construct
+
+
+def _fitted(value: Any, hint: Any, language: Any, semantic: Any) -> Any:
+    """A field's value as its annotation has it; where nothing is compiled numbers and None stay Python's."""
+    number = value.value if isinstance(value, core.constexpr) else value
+    if hint is language.constexpr:
+        return language.constexpr(number)
+    if number is None:
+        return None if semantic is None else core.constexpr(None)
+    if isinstance(number, (bool, int, float)):
+        return number if semantic is None else semantic.to_tensor(number)
+    return value
