@@ -205,16 +205,16 @@ class Kernels(Protocol):
         """
         ...
 
-    def merge(self, parts: Tensor, part_lses: Tensor, out: Tensor, lse: Tensor | None = None) -> None:
-        """Attention over a whole from attention over its parts.
+    def merge(self, partials: Tensor, partial_lses: Tensor, out: Tensor, lse: Tensor | None = None) -> None:
+        """Attention over a whole from partial results, each over some of its keys.
 
-        out = sum over s of parts[s] * exp(part_lses[s] - lse), lse = log of the sum of exp(part_lses). Flash-Decoding,
-        and section 2.2 of FlashInfer (arXiv 2501.01005).
+        out = sum over s of partials[s] * exp(partial_lses[s] - lse), lse = log of the sum of exp(partial_lses).
+        Flash-Decoding, and section 2.2 of FlashInfer (arXiv 2501.01005).
 
         Args:
-            parts: [S, T, Hq, V]; a part whose LSE is -inf is not read: it may hold NaN.
-            part_lses: [S, T, Hq] float32, natural logarithm.
-            out: [T, Hq, V]; zeros where every part is empty. It may be one of the parts.
-            lse: [T, Hq] float32, written if given; -inf where every part is empty. It may be one of `part_lses`.
+            partials: [S, T, Hq, V]; one whose LSE is -inf is not read: it may hold NaN.
+            partial_lses: [S, T, Hq] float32, natural logarithm.
+            out: [T, Hq, V]; zeros where all are empty. It may be one of the partials.
+            lse: [T, Hq] float32, written if given; -inf where all are empty. It may be one of `partial_lses`.
         """
         ...

@@ -34,9 +34,14 @@ class Mask:
 
 
 @triton.jit
-def sees(mask: Mask, keys: tl.tensor, positions: tl.tensor, length: tl.tensor) -> tl.tensor:
-    """Which keys (their positions in the row) the queries at some positions see; shapes that broadcast."""
-    seen = keys < length
+def sees(mask: Mask, keys: tl.tensor, positions: tl.tensor, length: tl.tensor | None) -> tl.tensor:
+    """Which keys (their positions in the row) the queries at some positions see; shapes that broadcast.
+
+    A length of None says that no key lies past the row's end.
+    """
+    seen = True
+    if length is not None:
+        seen = keys < length
     if mask.CAUSAL:
         seen = seen & (keys <= positions)
     if mask.HAS_LEFT:

@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def merge(parts: Tensor, part_lses: Tensor, out: Tensor, lse: Tensor | None = None) -> None:
+def merge(partials: Tensor, partial_lses: Tensor, out: Tensor, lse: Tensor | None = None) -> None:
     """See `Kernels.merge`."""
-    total = torch.logsumexp(part_lses, dim=0)  # [T, Hq]
-    empty_parts = part_lses == -torch.inf  # [S, T, Hq]
-    weights = torch.exp(part_lses - total.masked_fill(total == -torch.inf, 0.0))  # 0 for empty parts
-    numbers = parts.to(compute_dtype(parts)).masked_fill(empty_parts[..., None], 0.0)  # [S, T, Hq, V]
+    total = torch.logsumexp(partial_lses, dim=0)  # [T, Hq]
+    empty = partial_lses == -torch.inf  # [S, T, Hq]
+    weights = torch.exp(partial_lses - total.masked_fill(total == -torch.inf, 0.0))  # 0 for empty ones
+    numbers = partials.to(compute_dtype(partials)).masked_fill(empty[..., None], 0.0)  # [S, T, Hq, V]
     out.copy_((weights[..., None] * numbers).sum(0))
     if lse is not None:
         lse.copy_(total)

@@ -72,11 +72,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from taut.common_kernels.base2 import LOG2E
 from taut.common_kernels.float8 import TO_BFLOAT16
 from taut.common_kernels.gluon_assembly import worked_out
 from taut.common_kernels.gluon_features import THREAD_BARRIERS, TMA_LOADS, first_of
 from taut.common_kernels.merge.triton_launch import merge_items
-from taut.common_kernels.mla_decode.triton_launch import LOG2_E, MlaWorkspace, mla_tile
+from taut.common_kernels.mla_decode.triton_launch import MlaWorkspace, mla_tile
 from taut.common_kernels.schedule.hopper_items import (
     let_next_start,
     load_first_item,
@@ -1320,7 +1321,7 @@ def mla_decode(
         scratch.partials,
         scratch.lses,
         cache_scale if cache_scale is not None else workspace.one,
-        scale * LOG2_E,
+        scale * LOG2E,
         step.rows,
         tokens,
         schedule.shape.parts,

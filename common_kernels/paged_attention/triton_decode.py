@@ -11,18 +11,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from taut.common_kernels.merge.triton_launch import combine
+from taut.common_kernels.merge.triton_merge import combine
 from taut.common_kernels.paged_attention.triton_softmax import (
     LOG2E,
-    LOWEST,
+    Keys,
+    Queries,
+    Scoring,
     add_sinks,
     attend_tiles,
     lse_of,
-    query_range,
+    nothing_seen,
     scale_of_scores,
-    sees_any,
 )
-from taut.common_kernels.schedule.triton_launch import load_first_item, load_item, load_part, tiles_of
+from taut.common_kernels.schedule.triton_items import load_first_item, load_item, load_part, tiles_of
+from taut.common_kernels.triton_mask import Mask, key_range, sees_any
 
 
 @triton.jit(do_not_specialize=["tokens", "rows", "table_stride"])
@@ -73,8 +75,8 @@ def taut_decode(
     QUERIES: tl.constexpr,  # the most queries of an item
     MERGE_ROWS: tl.constexpr,  # a power of two, at least PACK
     MERGE_CHUNK: tl.constexpr,  # partials read together, where the last part merges
-    DEPENDENT: tl.constexpr,  # whether the kernel ahead may still run when this one starts
-    OVERLAPPED: tl.constexpr,  # whether the merge is launched so that it may start before this kernel has ended
+    EARLY: tl.constexpr,  # whether this kernel may start before the one ahead has ended
+    RELEASES: tl.constexpr,  # whether this kernel lets the merge start before it has ended
     PADDING: tl.constexpr,  # whether queries past the last row are written here
     KEY_HEAD_SCALES: tl.constexpr,  # whether there is a scale for each head
     VALUE_HEAD_SCALES: tl.constexpr,
@@ -86,7 +88,7 @@ def taut_decode(
     SAME_STRIDES: tl.constexpr,
     BLOCK_M: tl.constexpr,  # at least QUERIES * PACK
     BLOCK_N: tl.constexpr,  # keys of a round of the loop
-    TILE: tl.constexpr,  # keys of a tile of the schedule; BLOCK_N is a multiple
+    CUT: tl.constexpr,  # keys of a schedule tile; BLOCK_N is a multiple
     HEAD_MAIN: tl.constexpr,
     HEAD_TAIL: tl.constexpr,
     VALUE_MAIN: tl.constexpr,
@@ -108,10 +110,10 @@ def taut_decode(
     merge_ours = (merge_lanes // PACK < MERGE_QUERIES) & (merge_group_heads < GROUP)
     kv_head = tl.program_id(0) // PACKS
     part = tl.program_id(1)
-    if DEPENDENT:
+    if EARLY:
         tl.extra.cuda.gdc_wait()
-    first_item, first_tile, last_item, end_tile, first_split = load_part(parts, part)
-    row, first_query, queries, first_position, first_key, end_key, splits, first_partial = load_first_item(parts, part)
+    share = load_part(parts, part)
+    item = load_first_item(parts, part)
     if PADDING:
         padding_start = tl.load(query_starts + rows)  # early, so that nothing waits for it at the end
 
@@ -135,90 +137,83 @@ def taut_decode(
         value_tail_range = VALUE_MAIN + tl.arange(0, VALUE_TAIL)
         value_tail_columns = value_head + value_tail_range * value_stride
     score_scale = scale_of_scores(scale, key_scale, soft_cap, kv_head if KEY_HEAD_SCALES else 0, HAS_SOFT_CAP)
+    scoring = Scoring(score_scale, soft_cap * LOG2E, HAS_SOFT_CAP, slopes is not None)
+    mask = Mask(left, right, CAUSAL, HAS_LEFT, HAS_RIGHT)
     row_slopes = tl.zeros([BLOCK_M], tl.float32)
     if slopes is not None:
         row_slopes = tl.load(slopes + heads, mask=ours, other=0.0) * LOG2E
 
-    for item in range(first_item, last_item + 1):
-        next_item = load_item(items, tl.minimum(item + 1, last_item))  # early, too
+    for number in range(share.first_item, share.last_item + 1):
+        next_item = load_item(items, tl.minimum(number + 1, share.last_item))  # early, too
         if table_rows is None:
-            table_row = table + row.to(tl.int64) * table_stride
+            table_row = table + item.row.to(tl.int64) * table_stride
         else:
-            table_row = table + tl.load(table_rows + row).to(tl.int64) * table_stride
-        begin = tl.where(item == first_item, first_tile, 0)
-        end = tl.where(item == last_item, end_tile, tiles_of(queries, first_key, end_key, TILE))
-        here = ours & (lane_query < queries)
-        positions = first_position + lane_query
-        query_tokens = (first_query + lane_query).to(tl.int64)
+            table_row = table + tl.load(table_rows + item.row).to(tl.int64) * table_stride
+        begin = tl.where(number == share.first_item, share.first_tile, 0)
+        end = tl.where(
+            number == share.last_item, share.end_tile, tiles_of(item.queries, item.first_key, item.end_key, CUT)
+        )
+        here = ours & (lane_query < item.queries)
+        positions = item.first_position + lane_query
+        query_tokens = (item.first_query + lane_query).to(tl.int64)
 
         query_rows = query + query_tokens * query_token_stride + heads * query_head_stride
         q = tl.load(query_rows[:, None] + columns[None, :] * query_stride, mask=here[:, None], other=0.0)
         q_tail = q
         if HEAD_TAIL:
             q_tail = tl.load(query_rows[:, None] + tail[None, :] * query_stride, mask=here[:, None], other=0.0)
-        acc = tl.zeros([BLOCK_M, VALUE_MAIN], tl.float32)
-        acc_tail = acc
-        if VALUE_TAIL:
-            acc_tail = tl.zeros([BLOCK_M, VALUE_TAIL], tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        top = tl.full([BLOCK_M], LOWEST, tl.float32)
-
         # The schedule may serve layers with other windows: what this mask does not see is left out here.
-        first_seen, end_seen, _, _ = query_range(
-            first_position, queries, end_key, left, right, CAUSAL, HAS_LEFT, HAS_RIGHT
-        )
+        first_seen, end_seen, _, _ = key_range(mask, item.first_position, item.queries, item.end_key)
         # All tiles are masked: it costs little beside reading them, and one loop keeps the loads flowing. Two loops,
         # one of them without masks, were slower for every shape of the benchmark.
-        start = tl.maximum(first_key + begin * TILE, first_seen // TILE * TILE)
-        stop = tl.minimum(first_key + end * TILE, end_seen)
-        if TILE < BLOCK_N and stop - start <= TILE:  # one round, and nothing to load ahead: it starts sooner
-            acc, acc_tail, total, top = attend_tiles(
-                acc, acc_tail, total, top, q, q_tail, key_columns, key_tail_columns, value_columns, value_tail_columns,
-                table_row, key_page_stride, key_token_stride, value_page_stride, value_token_stride, start, stop,
-                first_seen, stop, positions, row_slopes, left, right, score_scale, soft_cap * LOG2E,
-                True, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, slopes is not None, True, PAGE_SIZE, SAME_STRIDES,
-                TILE, HEAD_TAIL, VALUE_TAIL, FLOAT8, NATIVE_FLOAT8, PRECISION, 1,
-            )  # fmt: skip
+        start = tl.maximum(item.first_key + begin * CUT, first_seen // CUT * CUT)
+        stop = tl.minimum(item.first_key + end * CUT, end_seen)
+        cached = Keys(
+            key_columns, key_tail_columns, value_columns, value_tail_columns, table_row, key_page_stride,
+            key_token_stride, value_page_stride, value_token_stride, first_seen, stop, True, PAGE_SIZE, SAME_STRIDES,
+            HEAD_TAIL, VALUE_TAIL, FLOAT8, NATIVE_FLOAT8,
+        )  # fmt: skip
+        asked = Queries(q, q_tail, positions, row_slopes)
+        sums = nothing_seen(BLOCK_M, VALUE_MAIN, VALUE_TAIL)
+        if CUT < BLOCK_N and stop - start <= CUT:  # one round, and nothing to load ahead: it starts sooner
+            sums = attend_tiles(sums, asked, cached, mask, scoring, start, stop, True, CUT, PRECISION, 1)
         else:
-            acc, acc_tail, total, top = attend_tiles(
-                acc, acc_tail, total, top, q, q_tail, key_columns, key_tail_columns, value_columns, value_tail_columns,
-                table_row, key_page_stride, key_token_stride, value_page_stride, value_token_stride, start, stop,
-                first_seen, stop, positions, row_slopes, left, right, score_scale, soft_cap * LOG2E,
-                True, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, slopes is not None, True, PAGE_SIZE, SAME_STRIDES,
-                BLOCK_N, HEAD_TAIL, VALUE_TAIL, FLOAT8, NATIVE_FLOAT8, PRECISION, STAGES,
-            )  # fmt: skip
+            sums = attend_tiles(sums, asked, cached, mask, scoring, start, stop, True, BLOCK_N, PRECISION, STAGES)
+        acc, acc_tail, row_sum, row_max = sums.acc, sums.acc_tail, sums.row_sum, sums.row_max
 
-        if OVERLAPPED and item == last_item:  # from the start on, the programs of the merge were in the way of these
+        if (
+            RELEASES and number == share.last_item
+        ):  # from the start on, the programs of the merge were in the way of these
             tl.extra.cuda.gdc_launch_dependents()
 
         factor = tl.full([BLOCK_M], 1.0, tl.float32)
         if sinks is not None:
             sink_scores = tl.load(sinks + heads, mask=ours, other=0.0).to(tl.float32)
-            sees = sees_any(positions, end_key, left, right, CAUSAL, HAS_LEFT, HAS_RIGHT)
-            total, top, factor = add_sinks(total, top, sink_scores, sees & (begin == 0))
-        factor = tl.where(total > 0.0, factor / tl.where(total > 0.0, total, 1.0), 0.0)
+            wanted = sees_any(mask, positions, item.end_key) & (begin == 0)
+            row_sum, row_max, factor = add_sinks(row_sum, row_max, sink_scores, wanted)
+        factor = tl.where(row_sum > 0.0, factor / tl.where(row_sum > 0.0, row_sum, 1.0), 0.0)
         if value_scale is not None:
             factor *= tl.load(value_scale + (kv_head if VALUE_HEAD_SCALES else 0))
         acc *= factor[:, None]
         if VALUE_TAIL:
             acc_tail *= factor[:, None]
-        if splits > 1:
-            partial = (first_partial + tl.where(item == first_item, first_split, 0)).to(tl.int64)
+        if item.splits > 1:
+            partial = (item.first_partial + tl.where(number == share.first_item, share.first_split, 0)).to(tl.int64)
             places = (partial * QUERIES + lane_query) * Q_HEADS + heads
             partial_rows = partials + places * VALUE_SIZE
             tl.store(partial_rows[:, None] + value_range[None, :], acc, mask=here[:, None])
             if VALUE_TAIL:
                 tl.store(partial_rows[:, None] + value_tail_range[None, :], acc_tail, mask=here[:, None])
-            tl.store(partial_lses + places, lse_of(total, top), mask=here)
+            tl.store(partial_lses + places, lse_of(row_sum, row_max), mask=here)
             if arrivals is not None:
                 tl.debug_barrier()  # all threads' stores before the count
-                arrived = arrivals + item * tl.num_programs(0) + tl.program_id(0)
-                if tl.atomic_add(arrived, 1, sem="acq_rel") == splits - 1:
+                arrived = arrivals + number * tl.num_programs(0) + tl.program_id(0)
+                if tl.atomic_add(arrived, 1, sem="acq_rel") == item.splits - 1:
                     tl.store(arrived, 0)
-                    for first in range(0, queries, MERGE_QUERIES):
+                    for first in range(0, item.queries, MERGE_QUERIES):
                         merge_query = first + merge_lanes // PACK
-                        merge_here = merge_ours & (merge_query < queries)
-                        merge_places = (first_partial.to(tl.int64) * QUERIES + merge_query) * Q_HEADS + merge_heads
+                        merge_here = merge_ours & (merge_query < item.queries)
+                        merge_places = (item.first_partial.to(tl.int64) * QUERIES + merge_query) * Q_HEADS + merge_heads
                         mixed, mixed_lse = combine(
                             partials + merge_places * VALUE_SIZE,
                             QUERIES * Q_HEADS * VALUE_SIZE,
@@ -227,12 +222,12 @@ def taut_decode(
                             partial_lses + merge_places,
                             QUERIES * Q_HEADS,
                             merge_here,
-                            splits,
+                            item.splits,
                             MERGE_CHUNK,
                             MERGE_ROWS,
                             MERGE_COLUMNS,
                         )
-                        merge_tokens = (first_query + merge_query).to(tl.int64)
+                        merge_tokens = (item.first_query + merge_query).to(tl.int64)
                         merge_out = out + merge_tokens * out_token_stride + merge_heads * out_head_stride
                         tl.store(
                             merge_out[:, None] + merge_columns[None, :] * out_stride,
@@ -251,8 +246,8 @@ def taut_decode(
                 tl.store(out_pointers, acc_tail.to(out.dtype.element_ty), mask=here[:, None])
             if lse is not None:
                 lses = lse + query_tokens * lse_token_stride + heads * lse_head_stride
-                tl.store(lses, lse_of(total, top), mask=here)
-        row, first_query, queries, first_position, first_key, end_key, splits, first_partial = next_item
+                tl.store(lses, lse_of(row_sum, row_max), mask=here)
+        item = next_item
 
     if PADDING:
         # Queries past the last row belong to no item: the parts share them out.

@@ -7,14 +7,16 @@ import triton.language as tl
 
 from taut.common_kernels.paged_attention.triton_softmax import (
     LOG2E,
-    LOWEST,
+    Keys,
+    Queries,
+    Scoring,
     add_sinks,
     attend_tiles,
     lse_of,
-    query_range,
+    nothing_seen,
     scale_of_scores,
-    sees_any,
 )
+from taut.common_kernels.triton_mask import Mask, key_range, sees_any
 
 
 @triton.jit
@@ -160,13 +162,9 @@ def taut_prefill(
         key_tail_columns = key_head + tail * key_stride
     value_columns = value_head + tl.arange(0, VALUE_MAIN) * value_stride
     value_tail_columns = value_columns
-    acc = tl.zeros([BLOCK_M, VALUE_MAIN], tl.float32)
-    acc_tail = acc
     if VALUE_TAIL:
         value_tail_columns = value_head + (VALUE_MAIN + tl.arange(0, VALUE_TAIL)) * value_stride
-        acc_tail = tl.zeros([BLOCK_M, VALUE_TAIL], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    top = tl.full([BLOCK_M], LOWEST, tl.float32)
+    sums = nothing_seen(BLOCK_M, VALUE_MAIN, VALUE_TAIL)
 
     table_row = table
     if PAGED:
@@ -175,16 +173,21 @@ def taut_prefill(
         else:
             # The padding past the last row has no entry; its length of 0 keeps the table from being read.
             table_row = table + tl.load(table_rows + row, mask=row < rows, other=0).to(tl.int64) * table_stride
-    score_scale = scale_of_scores(scale, key_scale, soft_cap, kv_head if KEY_HEAD_SCALES else 0, HAS_SOFT_CAP)
-    cap = soft_cap * LOG2E
+    mask = Mask(left, right, CAUSAL, HAS_LEFT, HAS_RIGHT)
     HAS_SLOPES: tl.constexpr = slopes is not None
-    row_slopes = top
+    score_scale = scale_of_scores(scale, key_scale, soft_cap, kv_head if KEY_HEAD_SCALES else 0, HAS_SOFT_CAP)
+    scoring = Scoring(score_scale, soft_cap * LOG2E, HAS_SOFT_CAP, HAS_SLOPES)
+    row_slopes = sums.row_max  # of no meaning without slopes
     if HAS_SLOPES:
         row_slopes = tl.load(slopes + heads, mask=ours, other=0.0) * LOG2E
 
-    first_seen, end_seen, first_common, end_common = query_range(
-        first_position, queries, length, left, right, CAUSAL, HAS_LEFT, HAS_RIGHT
-    )
+    first_seen, end_seen, first_common, end_common = key_range(mask, first_position, queries, length)
+    cached = Keys(
+        key_columns, key_tail_columns, value_columns, value_tail_columns, table_row, key_page_stride, key_token_stride,
+        value_page_stride, value_token_stride, first_seen, end_seen, PAGED, PAGE_SIZE, SAME_STRIDES, HEAD_TAIL,
+        VALUE_TAIL, FLOAT8, NATIVE_FLOAT8,
+    )  # fmt: skip
+    asked = Queries(q, q_tail, positions, row_slopes)
     # Tiles: some keys hidden from some query (only with a window), then all seen by all, then some hidden again.
     start = first_seen // BLOCK_N * BLOCK_N
     common_end = tl.maximum(end_common // BLOCK_N * BLOCK_N, start)
@@ -192,34 +195,16 @@ def taut_prefill(
     if HAS_LEFT:
         common_start = tl.minimum(tl.cdiv(first_common, BLOCK_N) * BLOCK_N, tl.maximum(end_seen, start))
         common_end = tl.maximum(common_end, common_start)
-        acc, acc_tail, total, top = attend_tiles(
-            acc, acc_tail, total, top, q, q_tail, key_columns, key_tail_columns, value_columns, value_tail_columns,
-            table_row, key_page_stride, key_token_stride, value_page_stride, value_token_stride,
-            start, common_start, first_seen, end_seen, positions, row_slopes, left, right, score_scale, cap,
-            True, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, HAS_SLOPES, PAGED, PAGE_SIZE, SAME_STRIDES, BLOCK_N,
-            HEAD_TAIL, VALUE_TAIL, FLOAT8, NATIVE_FLOAT8, PRECISION, STAGES,
-        )  # fmt: skip
-    acc, acc_tail, total, top = attend_tiles(
-        acc, acc_tail, total, top, q, q_tail, key_columns, key_tail_columns, value_columns, value_tail_columns,
-        table_row, key_page_stride, key_token_stride, value_page_stride, value_token_stride,
-        common_start, common_end, first_seen, end_seen, positions, row_slopes, left, right, score_scale, cap,
-        False, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, HAS_SLOPES, PAGED, PAGE_SIZE, SAME_STRIDES, BLOCK_N,
-        HEAD_TAIL, VALUE_TAIL, FLOAT8, NATIVE_FLOAT8, PRECISION, STAGES,
-    )  # fmt: skip
-    acc, acc_tail, total, top = attend_tiles(
-        acc, acc_tail, total, top, q, q_tail, key_columns, key_tail_columns, value_columns, value_tail_columns,
-        table_row, key_page_stride, key_token_stride, value_page_stride, value_token_stride,
-        common_end, end_seen, first_seen, end_seen, positions, row_slopes, left, right, score_scale, cap,
-        True, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, HAS_SLOPES, PAGED, PAGE_SIZE, SAME_STRIDES, BLOCK_N,
-        HEAD_TAIL, VALUE_TAIL, FLOAT8, NATIVE_FLOAT8, PRECISION, STAGES,
-    )  # fmt: skip
+        sums = attend_tiles(sums, asked, cached, mask, scoring, start, common_start, True, BLOCK_N, PRECISION, STAGES)
+    sums = attend_tiles(sums, asked, cached, mask, scoring, common_start, common_end, False, BLOCK_N, PRECISION, STAGES)
+    sums = attend_tiles(sums, asked, cached, mask, scoring, common_end, end_seen, True, BLOCK_N, PRECISION, STAGES)
+    acc, acc_tail, row_sum, row_max = sums.acc, sums.acc_tail, sums.row_sum, sums.row_max
 
     factor = tl.full([BLOCK_M], 1.0, tl.float32)
     if sinks is not None:
         sink_scores = tl.load(sinks + heads, mask=ours, other=0.0).to(tl.float32)
-        sees = sees_any(positions, length, left, right, CAUSAL, HAS_LEFT, HAS_RIGHT)
-        total, top, factor = add_sinks(total, top, sink_scores, sees)
-    factor = tl.where(total > 0.0, factor / tl.where(total > 0.0, total, 1.0), 0.0)
+        row_sum, row_max, factor = add_sinks(row_sum, row_max, sink_scores, sees_any(mask, positions, length))
+    factor = tl.where(row_sum > 0.0, factor / tl.where(row_sum > 0.0, row_sum, 1.0), 0.0)
     if value_scale is not None:
         factor *= tl.load(value_scale + (kv_head if VALUE_HEAD_SCALES else 0))
     out_rows = out + query_tokens.to(tl.int64) * out_token_stride + heads * out_head_stride
@@ -236,4 +221,4 @@ def taut_prefill(
         )
     if lse is not None:
         lses = lse + query_tokens.to(tl.int64) * lse_token_stride + heads * lse_head_stride
-        tl.store(lses, lse_of(total, top), mask=ours)
+        tl.store(lses, lse_of(row_sum, row_max), mask=ours)

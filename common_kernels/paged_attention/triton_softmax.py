@@ -13,13 +13,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from taut.common_kernels import float8
+from taut.common_kernels import base2, float8
+from taut.common_kernels.aggregates import aggregates_of
+from taut.common_kernels.triton_mask import Mask, sees
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-# The maximum before any key was seen: finite, so that "minus infinity minus minus infinity" never arises, and so low
-# that no score is below it.
-LOWEST = tl.constexpr(-1.0e30)
+aggregate = aggregates_of(tl, triton)
+
+LOG2E = tl.constexpr(base2.LOG2E)
+LN2 = tl.constexpr(base2.LN2)
+LOWEST = tl.constexpr(base2.LOWEST)
 
 
 @triton.jit
@@ -29,223 +31,242 @@ def page_numbers(table_row: tl.tensor, positions: tl.tensor, end: tl.tensor, PAG
 
 
 @triton.jit
+def load_columns(columns: tl.tensor, slots: tl.tensor, live: tl.tensor, MASKED: tl.constexpr) -> tl.tensor:
+    """The vectors [BLOCK_N, columns] of some slots; zeros in place of those that are not live, if MASKED."""
+    if MASKED:
+        vectors = tl.load(columns[None, :] + slots[:, None], mask=live[:, None], other=0)
+    else:
+        vectors = tl.load(columns[None, :] + slots[:, None])
+    return vectors
+
+
+@triton.jit
 def as_numbers(cached: tl.tensor, DTYPE: tl.constexpr, FLOAT8: tl.constexpr, NATIVE_FLOAT8: tl.constexpr) -> tl.tensor:
     """Cached elements, without their scale, in the dtype of the products."""
     return float8.decode(cached, NATIVE_FLOAT8, DTYPE) if FLOAT8 else cached.to(DTYPE)
 
 
+@aggregate
+class Scoring:
+    """How products of queries and keys become weights.
+
+    Attributes:
+        scale: of a product, to base 2; with a soft cap, to the argument of tanh.
+        soft_cap: base 2, read if HAS_SOFT_CAP.
+        HAS_SOFT_CAP: whether scores are capped.
+        HAS_SLOPES: whether a bias grows with the distance (ALiBi).
+    """
+
+    scale: tl.tensor
+    soft_cap: tl.tensor
+    HAS_SOFT_CAP: tl.constexpr
+    HAS_SLOPES: tl.constexpr
+
+
+@aggregate
+class Queries:
+    """The queries of a tile, one for each m.
+
+    Attributes:
+        main: [BLOCK_M, HEAD_MAIN].
+        tail: [BLOCK_M, HEAD_TAIL], of no meaning without a tail.
+        positions: [BLOCK_M] in their row.
+        slopes: [BLOCK_M] base 2, read if scores have slopes.
+    """
+
+    main: tl.tensor
+    tail: tl.tensor
+    positions: tl.tensor
+    slopes: tl.tensor
+
+
+@aggregate
+class Keys:
+    """Where the keys and values of a row lie, for one head.
+
+    Attributes:
+        key: [HEAD_MAIN] pointers: the row's first key (contiguous) or the cache's slot 0.
+        key_tail: [HEAD_TAIL] pointers, of no meaning without a tail.
+        value: [VALUE_MAIN] pointers.
+        value_tail: [VALUE_TAIL] pointers, of no meaning without a tail.
+        table_row: pointer: the row's first page number.
+        first_seen: positions outside first_seen <= j < end_seen are not read.
+        PAGED: whether there is a page table.
+        SAME_STRIDES: of keys and values: their addresses are then worked out once.
+        FLOAT8: whether the cache holds e4m3, given as bytes.
+    """
+
+    key: tl.tensor
+    key_tail: tl.tensor
+    value: tl.tensor
+    value_tail: tl.tensor
+    table_row: tl.tensor
+    key_page_stride: tl.tensor
+    key_token_stride: tl.tensor
+    value_page_stride: tl.tensor
+    value_token_stride: tl.tensor
+    first_seen: tl.tensor
+    end_seen: tl.tensor
+    PAGED: tl.constexpr
+    PAGE_SIZE: tl.constexpr
+    SAME_STRIDES: tl.constexpr
+    HEAD_TAIL: tl.constexpr
+    VALUE_TAIL: tl.constexpr
+    FLOAT8: tl.constexpr
+    NATIVE_FLOAT8: tl.constexpr
+
+
+@aggregate
+class Sums:
+    """What a pass of the online softmax has come to.
+
+    Attributes:
+        acc: [BLOCK_M, VALUE_MAIN] float32, not yet divided.
+        acc_tail: [BLOCK_M, VALUE_TAIL], of no meaning without a tail.
+        row_sum: [BLOCK_M] sum of weights.
+        row_max: [BLOCK_M] maximum of scores, base 2.
+    """
+
+    acc: tl.tensor
+    acc_tail: tl.tensor
+    row_sum: tl.tensor
+    row_max: tl.tensor
+
+
+@triton.jit
+def nothing_seen(BLOCK_M: tl.constexpr, VALUE_MAIN: tl.constexpr, VALUE_TAIL: tl.constexpr) -> Sums:
+    """The sums before any key."""
+    acc = tl.zeros([BLOCK_M, VALUE_MAIN], tl.float32)
+    acc_tail = acc
+    if VALUE_TAIL:
+        acc_tail = tl.zeros([BLOCK_M, VALUE_TAIL], tl.float32)
+    return Sums(acc, acc_tail, tl.zeros([BLOCK_M], tl.float32), tl.full([BLOCK_M], LOWEST, tl.float32))
+
+
 @triton.jit
 def attend_tiles(
-    acc: tl.tensor,  # [BLOCK_M, VALUE_MAIN] float32, not yet divided
-    acc_tail: tl.tensor,  # [BLOCK_M, VALUE_TAIL]
-    total: tl.tensor,  # [BLOCK_M] sum of weights
-    top: tl.tensor,  # [BLOCK_M] maximum of scores, base 2
-    q: tl.tensor,  # [BLOCK_M, HEAD_MAIN]
-    q_tail: tl.tensor,  # [BLOCK_M, HEAD_TAIL]
-    key_columns: tl.tensor,  # [HEAD_MAIN] pointers: the row's first key (contiguous) or the cache's slot 0
-    key_tail_columns: tl.tensor,
-    value_columns: tl.tensor,
-    value_tail_columns: tl.tensor,
-    table_row: tl.tensor,  # pointer: the row's first page number
-    key_page_stride: tl.tensor,
-    key_token_stride: tl.tensor,
-    value_page_stride: tl.tensor,
-    value_token_stride: tl.tensor,
+    sums: Sums,
+    queries: Queries,
+    cached: Keys,
+    mask: Mask,
+    scoring: Scoring,
     start: tl.tensor,  # first position of the first tile, a multiple of BLOCK_N
     end: tl.tensor,  # past the last position of the last tile
-    first_seen: tl.tensor,  # positions outside first_seen <= j < end_seen are not read
-    end_seen: tl.tensor,
-    positions: tl.tensor,  # [BLOCK_M] of the queries
-    slopes: tl.tensor,  # [BLOCK_M] base 2, ALIBI only
-    left: tl.tensor,
-    right: tl.tensor,
-    score_scale: tl.tensor,  # to base 2; with a soft cap: to the argument of tanh
-    soft_cap: tl.tensor,  # base 2
     MASKED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    HAS_SOFT_CAP: tl.constexpr,
-    HAS_SLOPES: tl.constexpr,
-    PAGED: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    SAME_STRIDES: tl.constexpr,  # of keys and values: their addresses are then worked out once
     BLOCK_N: tl.constexpr,
-    HEAD_TAIL: tl.constexpr,
-    VALUE_TAIL: tl.constexpr,
-    FLOAT8: tl.constexpr,  # whether the cache holds e4m3, given as bytes
-    NATIVE_FLOAT8: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
-) -> tl.tensor:
-    """Tiles start, start + BLOCK_N, ... < end: returns acc, acc_tail, total, top.
+) -> Sums:
+    """The sums after tiles start, start + BLOCK_N, ... < end.
 
     MASKED says that some query does not see some key of these tiles. Without it no load and no score is masked.
     """
+    acc, acc_tail, row_sum, row_max = sums.acc, sums.acc_tail, sums.row_sum, sums.row_max
+    q, positions, first_seen, end_seen = queries.main, queries.positions, cached.first_seen, cached.end_seen
+    PAGED: tl.constexpr = cached.PAGED
+    PAGE_SIZE: tl.constexpr = cached.PAGE_SIZE
+    FLOAT8: tl.constexpr = cached.FLOAT8
+    NATIVE_FLOAT8: tl.constexpr = cached.NATIVE_FLOAT8
     columns = tl.arange(0, BLOCK_N)
     WHOLE_PAGE: tl.constexpr = PAGED and PAGE_SIZE % BLOCK_N == 0
     # The page numbers of a tile are loaded one tile ahead and carried: a load of keys whose address waits for another
     # load of the same iteration is prefetched half as far.
     if PAGED:
         if WHOLE_PAGE:
-            pages = page_numbers(table_row, start, end_seen, PAGE_SIZE)
+            pages = page_numbers(cached.table_row, start, end_seen, PAGE_SIZE)
         else:
-            pages = page_numbers(table_row, start + columns, end_seen, PAGE_SIZE)
+            pages = page_numbers(cached.table_row, start + columns, end_seen, PAGE_SIZE)
     for tile in tl.range(start, end, BLOCK_N, num_stages=STAGES):
         keys = tile + columns
         if PAGED:
             if WHOLE_PAGE:
                 places = (tile % PAGE_SIZE) + columns
-                next_pages = page_numbers(table_row, tile + BLOCK_N, end_seen, PAGE_SIZE)
+                next_pages = page_numbers(cached.table_row, tile + BLOCK_N, end_seen, PAGE_SIZE)
             else:
                 places = keys % PAGE_SIZE
-                next_pages = page_numbers(table_row, keys + BLOCK_N, end_seen, PAGE_SIZE)
-            key_slots = pages.to(tl.int64) * key_page_stride + places * key_token_stride
+                next_pages = page_numbers(cached.table_row, keys + BLOCK_N, end_seen, PAGE_SIZE)
+            key_slots = pages.to(tl.int64) * cached.key_page_stride + places * cached.key_token_stride
             value_slots = key_slots
-            if not SAME_STRIDES:
-                value_slots = pages.to(tl.int64) * value_page_stride + places * value_token_stride
+            if not cached.SAME_STRIDES:
+                value_slots = pages.to(tl.int64) * cached.value_page_stride + places * cached.value_token_stride
             pages = next_pages
         else:
-            key_slots = keys.to(tl.int64) * key_token_stride
+            key_slots = keys.to(tl.int64) * cached.key_token_stride
             value_slots = key_slots
-            if not SAME_STRIDES:
-                value_slots = keys.to(tl.int64) * value_token_stride
+            if not cached.SAME_STRIDES:
+                value_slots = keys.to(tl.int64) * cached.value_token_stride
         live = (keys >= first_seen) & (keys < end_seen)
-        if MASKED:
-            k = tl.load(key_columns[None, :] + key_slots[:, None], mask=live[:, None], other=0)
-        else:
-            k = tl.load(key_columns[None, :] + key_slots[:, None])
+        k = load_columns(cached.key, key_slots, live, MASKED)
         scores = tl.dot(q, tl.trans(as_numbers(k, q.dtype, FLOAT8, NATIVE_FLOAT8)), input_precision=PRECISION)
-        if HEAD_TAIL:
-            if MASKED:
-                k_tail = tl.load(key_tail_columns[None, :] + key_slots[:, None], mask=live[:, None], other=0)
-            else:
-                k_tail = tl.load(key_tail_columns[None, :] + key_slots[:, None])
+        if cached.HEAD_TAIL:
+            k_tail = load_columns(cached.key_tail, key_slots, live, MASKED)
             scores = tl.dot(
-                q_tail, tl.trans(as_numbers(k_tail, q.dtype, FLOAT8, NATIVE_FLOAT8)), scores, input_precision=PRECISION
+                queries.tail,
+                tl.trans(as_numbers(k_tail, q.dtype, FLOAT8, NATIVE_FLOAT8)),
+                scores,
+                input_precision=PRECISION,
             )
-        if HAS_SOFT_CAP:
+        if scoring.HAS_SOFT_CAP:
             # tanh(x) = 1 - 2 / (exp(2 x) + 1): right at both ends, where exp gives 0 and infinity.
-            scores = soft_cap * (1.0 - 2.0 / (tl.exp2(scores * score_scale) + 1.0))
-        elif HAS_SLOPES:
-            scores = scores * score_scale
-        if HAS_SLOPES:
-            scores += slopes[:, None] * (keys[None, :] - positions[:, None]).to(tl.float32)
+            scores = scoring.soft_cap * (1.0 - 2.0 / (tl.exp2(scores * scoring.scale) + 1.0))
+        elif scoring.HAS_SLOPES:
+            scores = scores * scoring.scale
+        if scoring.HAS_SLOPES:
+            scores += queries.slopes[:, None] * (keys[None, :] - positions[:, None]).to(tl.float32)
         if MASKED:
-            seen = live[None, :]
-            if CAUSAL:
-                seen &= keys[None, :] <= positions[:, None]
-            if HAS_LEFT:
-                seen &= keys[None, :] >= positions[:, None] - left
-            if HAS_RIGHT:
-                seen &= keys[None, :] <= positions[:, None] + right
+            seen = live[None, :] & sees(mask, keys[None, :], positions[:, None], None)
             scores = tl.where(seen, scores, float("-inf"))
-        if HAS_SOFT_CAP or HAS_SLOPES:
-            new_top = tl.maximum(top, tl.max(scores, 1))
-            weights = tl.exp2(scores - new_top[:, None])
+        if scoring.HAS_SOFT_CAP or scoring.HAS_SLOPES:
+            new_max = tl.maximum(row_max, tl.max(scores, 1))
+            weights = tl.exp2(scores - new_max[:, None])
         else:
             # The scale is positive: it is folded into one multiply-add with the subtraction.
-            new_top = tl.maximum(top, tl.max(scores, 1) * score_scale)
-            weights = tl.exp2(scores * score_scale - new_top[:, None])
-        decay = tl.exp2(top - new_top)
-        total = total * decay + tl.sum(weights, 1)
-        top = new_top
-        acc = acc * decay[:, None]
-        if MASKED:
-            v = tl.load(value_columns[None, :] + value_slots[:, None], mask=live[:, None], other=0)
-        else:
-            v = tl.load(value_columns[None, :] + value_slots[:, None])
+            new_max = tl.maximum(row_max, tl.max(scores, 1) * scoring.scale)
+            weights = tl.exp2(scores * scoring.scale - new_max[:, None])
+        alpha = tl.exp2(row_max - new_max)
+        row_sum = row_sum * alpha + tl.sum(weights, 1)
+        row_max = new_max
+        acc = acc * alpha[:, None]
+        v = load_columns(cached.value, value_slots, live, MASKED)
         acc = tl.dot(weights.to(q.dtype), as_numbers(v, q.dtype, FLOAT8, NATIVE_FLOAT8), acc, input_precision=PRECISION)
-        if VALUE_TAIL:
-            acc_tail = acc_tail * decay[:, None]
-            if MASKED:
-                v_tail = tl.load(value_tail_columns[None, :] + value_slots[:, None], mask=live[:, None], other=0)
-            else:
-                v_tail = tl.load(value_tail_columns[None, :] + value_slots[:, None])
+        if cached.VALUE_TAIL:
+            acc_tail = acc_tail * alpha[:, None]
+            v_tail = load_columns(cached.value_tail, value_slots, live, MASKED)
             acc_tail = tl.dot(
                 weights.to(q.dtype),
                 as_numbers(v_tail, q.dtype, FLOAT8, NATIVE_FLOAT8),
                 acc_tail,
                 input_precision=PRECISION,
             )
-    return acc, acc_tail, total, top
+    return Sums(acc, acc_tail, row_sum, row_max)
 
 
 @triton.jit
-def query_range(
-    first_position: tl.tensor,
-    queries: tl.tensor,
-    length: tl.tensor,
-    left: tl.tensor,
-    right: tl.tensor,
-    CAUSAL: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-) -> tl.tensor:
-    """Of a block of queries: the keys (first, end) that some of them sees, and those that all of them see."""
-    last_position = first_position + queries - 1
-    first_seen = 0
-    end_seen = length
-    first_common = 0
-    end_common = length
-    if HAS_LEFT:
-        first_seen = tl.maximum(first_position - left, 0)
-        first_common = tl.maximum(last_position - left, 0)
-    if CAUSAL:
-        end_seen = tl.minimum(end_seen, last_position + 1)
-        end_common = tl.minimum(end_common, first_position + 1)
-    if HAS_RIGHT:
-        end_seen = tl.minimum(end_seen, last_position + right + 1)
-        end_common = tl.minimum(end_common, first_position + right + 1)
-    return first_seen, end_seen, first_common, end_common
-
-
-@triton.jit
-def sees_any(
-    positions: tl.tensor,
-    length: tl.tensor,
-    left: tl.tensor,
-    right: tl.tensor,
-    CAUSAL: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-) -> tl.tensor:
-    """Whether a query sees some key of its row, told from its position: the keys may be shared out among programs."""
-    first = tl.zeros_like(positions)
-    end = tl.zeros_like(positions) + length
-    if HAS_LEFT:
-        first = tl.maximum(positions - left, 0)
-    if CAUSAL:
-        end = tl.minimum(end, positions + 1)
-    if HAS_RIGHT:
-        end = tl.minimum(end, positions + right + 1)
-    return first < end
-
-
-@triton.jit
-def add_sinks(total: tl.tensor, top: tl.tensor, sinks: tl.tensor, wanted: tl.tensor) -> tl.tensor:
-    """One more score that has no value, where wanted: returns total, top and what acc is to be multiplied by.
+def add_sinks(
+    row_sum: tl.tensor, row_max: tl.tensor, sinks: tl.tensor, wanted: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """One more score that has no value, where wanted: returns row_sum, row_max and what acc is to be multiplied by.
 
     `sinks` [BLOCK_M] are natural, as the model has them.
     """
     scores = tl.where(wanted, sinks * LOG2E, LOWEST)
-    new_top = tl.maximum(top, scores)
-    decay = tl.exp2(top - new_top)
-    return total * decay + tl.where(wanted, tl.exp2(scores - new_top), 0.0), new_top, decay
+    new_max = tl.maximum(row_max, scores)
+    alpha = tl.exp2(row_max - new_max)
+    return row_sum * alpha + tl.where(wanted, tl.exp2(scores - new_max), 0.0), new_max, alpha
 
 
 @triton.jit
-def lse_of(total: tl.tensor, top: tl.tensor) -> tl.tensor:
+def lse_of(row_sum: tl.tensor, row_max: tl.tensor) -> tl.tensor:
     """The natural logarithm of the sum of exponentiated scores; -inf where nothing was seen."""
-    seen = total > 0.0
-    return tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) * LN2, float("-inf"))
+    seen = row_sum > 0.0
+    return tl.where(seen, (row_max + tl.log2(tl.where(seen, row_sum, 1.0))) * LN2, float("-inf"))
 
 
 @triton.jit
 def scale_of_scores(
     scale: tl.tensor, key_scale: tl.tensor, soft_cap: tl.tensor, head: tl.tensor, HAS_SOFT_CAP: tl.constexpr
 ) -> tl.tensor:
-    """What a product of query and key is multiplied by: see `score_scale` of `attend_tiles`."""
+    """What a product of query and key is multiplied by: see `Scoring.scale`."""
     score_scale = scale
     if key_scale is not None:
         score_scale *= tl.load(key_scale + head)

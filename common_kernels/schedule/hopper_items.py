@@ -5,10 +5,10 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from taut.common_kernels.schedule import triton_launch
+from taut.common_kernels.schedule import triton_items
 
-RECORD = gl.constexpr(triton_launch.RECORD.value)
-PART_RECORD = gl.constexpr(triton_launch.PART_RECORD.value)
+RECORD = gl.constexpr(triton_items.RECORD.value)
+PART_RECORD = gl.constexpr(triton_items.PART_RECORD.value)
 
 
 @gluon.jit
