@@ -54,10 +54,10 @@ def aggregates_of(language: Any, home: Any) -> Callable[[type], Any]:
 
 def _kinds(hint: Any, language: Any) -> Any:
     """What a field's value must be an instance of."""
-    if hint is Any:
+    if hint in (Any, language.constexpr):
         return object
     if hint is language.tensor or type(None) in typing.get_args(hint):
-        return hint | language.constexpr | bool | int | float
+        return hint | core.constexpr | bool | int | float
     return hint
 
 
@@ -66,19 +66,17 @@ def _constructor(language: Any, hints: dict[str, Any]) -> Callable[..., None]:
 
     def construct(self: Any, *values: Any, _semantic: Any = None, **named: Any) -> None:
         for name, value in signature.bind(*values, **named).arguments.items():
-            setattr(self, name, _fitted(value, hints[name], language, _semantic))
+            number = value.value if isinstance(value, core.constexpr) else value
+            if hints[name] is language.constexpr and isinstance(number, language.tensor):
+                raise TypeError(f"the field {name} is a constexpr, and is given a tensor")
+            setattr(self, name, number if _semantic is None else _compiled(number, hints[name], language, _semantic))
 
     construct.__triton_builtin__ = True  # type: ignore[attr-defined]
     return construct
 
 
-def _fitted(value: Any, hint: Any, language: Any, semantic: Any) -> Any:
-    """A field's value as its annotation has it; where nothing is compiled numbers and None stay Python's."""
-    number = value.value if isinstance(value, core.constexpr) else value
-    if hint is language.constexpr:
-        return language.constexpr(number)
-    if number is None:
-        return None if semantic is None else core.constexpr(None)
-    if isinstance(number, (bool, int, float)):
-        return number if semantic is None else semantic.to_tensor(number)
-    return value
+def _compiled(value: Any, hint: Any, language: Any, semantic: Any) -> Any:
+    """A field's value as a compiler has it; elsewhere numbers and None are Python's."""
+    if hint is language.constexpr or value is None:
+        return language.constexpr(value)
+    return semantic.to_tensor(value) if isinstance(value, (bool, int, float)) else value

@@ -402,7 +402,7 @@ def test_aggregates_reach_every_partition(factor: int, has_offsets: bool) -> Non
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ("a tensor for a constexpr", "Scaled.ROWS is"),
+        ("a tensor for a constexpr", "the field ROWS is a constexpr"),
         ("a field that there is not", "Scaled has no field rows"),
         ("set twice", "Scaled.factor is set already"),
         ("a tensor of many numbers for another partition", "only scalars reach other warps"),

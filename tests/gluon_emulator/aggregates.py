@@ -5,8 +5,7 @@ from __future__ import annotations
 import typing
 from typing import Any
 
-from gluon_emulator.shared import SharedMemory
-from gluon_emulator.values import Constexpr, EmulationError, Tensor, to_tensor
+from gluon_emulator.values import EmulationError, Tensor, to_tensor
 
 
 class Aggregate:
@@ -21,15 +20,9 @@ class Aggregate:
         allowed = typing.get_args(kinds[name]) or (kinds[name],)
         if Tensor in allowed and isinstance(value, (bool, int, float)):
             value = to_tensor(value)
-        if not any(_fits(value, kind) for kind in allowed):
+        if not isinstance(value, allowed):
             raise EmulationError(f"{type(self).__name__}.{name} is {kinds[name]}, not {type(value).__name__}")
         object.__setattr__(self, name, value)
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    if kind is Constexpr:  # also where None or a number may stand
-        return not isinstance(value, (Tensor, SharedMemory, Aggregate))
-    return isinstance(value, kind)
 
 
 def aggregate(cls: type) -> Any:
