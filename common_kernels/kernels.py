@@ -40,6 +40,22 @@ class Workspace(Protocol):
         ...
 
 
+class NoWorkspace:
+    """The workspace of an operation that needs none.
+
+    Args:
+        table_path: the tile table that the user named, if any.
+    """
+
+    size_in_bytes = 0
+
+    def __init__(self, table_path: str | None = None) -> None:
+        self.table_path = table_path
+
+    def prepare(self, step: Step) -> None:
+        """Nothing to prepare."""
+
+
 class Kernels(Protocol):
     """A provider's operations."""
 
