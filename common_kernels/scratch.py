@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from taut.common_kernels.schedule.reference import most_partials
+from taut.common_kernels.schedule.shape import most_partials
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taut.common_kernels.schedule.reference import most_items, parts_that_fit
+from taut.common_kernels.schedule.shape import most_items, parts_that_fit
 from taut.common_kernels.scratch import Scratch, scratch_bytes
 
 
