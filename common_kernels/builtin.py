@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, cast
 
 from taut.common_kernels.problem import OPERATIONS, Capability
-from taut.common_kernels.providers import KernelProvider, hookimpl
+from taut.common_kernels.provider import KernelProvider, hookimpl
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
