@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from taut.common_kernels.step import Mask, Step
 
 
+# The version of this contract: one more whenever a provider that was written for it would no longer serve.
+CONTRACT = 1
+
+
 class Workspace(Protocol):
     """What a provider needs from one step to the next: its schedule and its scratch.
 

@@ -42,6 +42,8 @@ class KernelProvider:
         graphs: whether its operations can be captured in a CUDA graph and replayed with other lengths.
         probe: looks at what is installed, and gives every reason against it as a sentence; called once, and only where
             nothing else is against it, so that no process imports in vain what the probe does.
+        contract: the version of `kernels.CONTRACT` that its kernels were written for, as a number of its own: one that
+            says nothing was written for the first.
     """
 
     name: str
@@ -53,6 +55,7 @@ class KernelProvider:
     automatic_on: tuple[str, ...] = ("any",)
     graphs: bool = True
     probe: Callable[[], Sequence[str]] = tuple
+    contract: int = 1
 
     @cached_property
     def _probed(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ A provider of your own, in a package of its own:
                                                                          # my_kernels = "my_kernels"
     @hookimpl
     def taut_kernels():
-        return [KernelProvider(name="mine", ...)]
+        return [KernelProvider(name="mine", ..., contract=1)]
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import pluggy
 
 from taut.common_kernels import builtin
+from taut.common_kernels.kernels import CONTRACT
 from taut.common_kernels.provider import GROUP, HookSpecs, KernelProvider
 
 if TYPE_CHECKING:
@@ -96,6 +97,8 @@ class Registry:
                     raise TypeError(f"taut_kernels gave {provider!r}, not a KernelProvider")
                 if provider.name == "auto":
                     raise ValueError("no provider can be named 'auto'")
+                if provider.contract != CONTRACT:
+                    raise ProviderError(_other_contract(provider))
         except Exception as error:  # a stranger's code, as in `default_registry`
             self.fail(name, getattr(plugins[name], "__name__", repr(plugins[name])), error)
             return []
@@ -193,6 +196,14 @@ class Registry:
             if line not in self._said:
                 self._said.add(line)
                 log.info(line)
+
+
+def _other_contract(provider: KernelProvider) -> str:
+    update = "update taut-attention, or " if provider.contract > CONTRACT else ""
+    return (
+        f"the provider {provider.name!r} was written for version {provider.contract} of the kernels' contract, this "
+        f"taut-attention has version {CONTRACT}: {update}install a release of its package for version {CONTRACT}"
+    )
 
 
 def _nobody(problem: Problem, wanted: str, reasons: Mapping[str, Iterable[str]]) -> str:
