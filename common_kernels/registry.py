@@ -216,18 +216,18 @@ def _nobody(problem: Problem, wanted: str, reasons: Mapping[str, Iterable[str]])
     )
 
 
-def default_registry(points: Iterable[EntryPoint] | None = None) -> Registry:
-    """The registry of a process: built-in providers and those of the entry-point group `taut`.
+def default_registry(points: Iterable[EntryPoint]) -> Registry:
+    """A registry of the built-in providers and of those that entry points bring.
 
     Args:
-        points: the entry points to load; by default those of every installed package. One that does not load is logged
-            as an error and remembered in `Registry.failures`; asking for it by name fails with that reason.
+        points: the entry points to load. One that does not load is logged as an error and remembered in
+            `Registry.failures`; asking for it by name fails with that reason.
     """
     plugins = pluggy.PluginManager(GROUP)
     plugins.add_hookspecs(HookSpecs)
     plugins.register(builtin, name="taut")
     registry = Registry(plugins)
-    for point in entry_points(group=GROUP) if points is None else points:
+    for point in points:
         # Whatever a stranger's module raises must be told, not die in here.
         try:
             plugin = point.load()
@@ -250,8 +250,8 @@ _registry: Registry | None = None
 
 
 def registry() -> Registry:
-    """The registry of this process, made on first use."""
+    """The registry of this process, made on first use, with the entry points of every installed package."""
     global _registry
     if _registry is None:
-        _registry = default_registry()
+        _registry = default_registry(entry_points(group=GROUP))
     return _registry
