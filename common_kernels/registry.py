@@ -108,8 +108,10 @@ class Registry:
         """Tell that a plugin is of no use, remember why, and take it out."""
         if self.plugins.has_plugin(name):
             self.plugins.unregister(name=name)
-        self.failures[name] = f"{type(error).__name__}: {error}"
-        log.error("the kernel provider %s (%s) did not load; others serve", name, value, exc_info=error)
+        refused = isinstance(error, ProviderError)  # by us, in words for people
+        self.failures[name] = why = str(error) if refused else f"{type(error).__name__}: {error}"
+        trace = None if refused else error
+        log.error("the kernel provider %s (%s) did not load, others serve: %s", name, value, why, exc_info=trace)
 
     def check_name(self, wanted: str) -> None:
         """Raise `ProviderError` with the nearest right spelling unless `wanted` is "auto" or a provider's name."""

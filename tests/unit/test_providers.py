@@ -479,8 +479,9 @@ def test_a_provider_for_another_version_of_the_contract_is_refused(
         f"the provider 'good' was written for version {version} of the kernels' contract, this taut-attention has "
         f"version {ours}: {advice}"
     )
-    assert registry.failures == {"good": f"ProviderError: {sentence}"}
-    assert len(records.lines(logging.ERROR)) == 1
+    assert registry.failures == {"good": sentence}
+    (line,) = records.lines(logging.ERROR)
+    assert sentence in line
     with pytest.raises(ProviderError, match="TAUT_KERNELS=good") as error:
         registry.choose(PROBLEM, "good")
     assert sentence in str(error.value)
