@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from taut.common_kernels import gluon_features
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 KERNELS = Path(__file__).resolve().parents[1] / "common_kernels"
 # What a source asks of a module: one name, or several of which any will do (`gluon_features.first_of`).
@@ -35,14 +35,14 @@ def names_used() -> dict[str, set[Names]]:
                 module, _, attribute = place.rpartition(".")
                 used[module].add((attribute,))
         for node in nodes:
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
-                module = modules[node.value.id]
-                if not _is_module(f"{module}.{node.attr}"):
-                    used[module].add((node.attr,))
+            if isinstance(node, ast.Attribute) and _module(node, modules) is None:
+                owner = _module(node.value, modules)
+                if owner is not None:
+                    used[owner].add((node.attr,))
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "first_of":
-                owner, names = node.args
-                if isinstance(owner, ast.Name) and owner.id in modules:
-                    used[modules[owner.id]].add(_alternatives(names))
+                owner = _module(node.args[0], modules)
+                if owner is not None:
+                    used[owner].add(_alternatives(node.args[1]))
     return used
 
 
@@ -55,6 +55,16 @@ def _imported(node: ast.AST) -> Iterator[tuple[str, str]]:
             if f"{alias.name}.".startswith("triton."):
                 whole = alias.name if alias.asname else "triton"
                 yield alias.asname or whole, whole
+
+
+def _module(node: ast.expr, modules: Mapping[str, str]) -> str | None:
+    """The module that an expression names; None if it names none."""
+    if isinstance(node, ast.Name):
+        return modules.get(node.id)
+    owner = _module(node.value, modules) if isinstance(node, ast.Attribute) else None
+    if owner is None or not _is_module(place := f"{owner}.{node.attr}"):
+        return None
+    return place
 
 
 @cache
