@@ -28,7 +28,7 @@ import triton.language as tl
 
 from taut.common_kernels.float8 import decode
 from taut.common_kernels.merge.triton_launch import merge_items
-from taut.common_kernels.schedule.reference import ScheduleShape, most_items, parts_that_fit
+from taut.common_kernels.schedule.shape import ScheduleShape, most_items, parts_that_fit
 from taut.common_kernels.schedule.triton_launch import launch_options, load_first_item, load_item, load_part, tiles_of
 from taut.common_kernels.step import PageTable, Step
 from taut.common_kernels.tiles import table_for

@@ -1,9 +1,9 @@
 """The schedule on the device: one program, one launch per step, nothing read back by the host.
 
-The tables are int32. A record of an item has eight numbers, in the order of `reference.Item`. A record of a part has
-sixteen: those of `reference.Part`, three of no meaning, and those of its first item, so that a program which begins a
-part need not wait twice for memory before it knows where its keys are. Attention kernels read them with `load_part`,
-`load_first_item` and `load_item`.
+The tables are int32. A record of an item has eight numbers, in the order of `schedule.shape.Item`. A record of a part
+has sixteen: those of `schedule.shape.Part`, three of no meaning, and those of its first item, so that a program which
+begins a part need not wait twice for memory before it knows where its keys are. Attention kernels read them with
+`load_part`, `load_first_item` and `load_item`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 import triton
 import triton.language as tl
 
-from taut.common_kernels.schedule.reference import most_items
+from taut.common_kernels.schedule.shape import most_items
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from taut.common_kernels.schedule.reference import ScheduleShape
+    from taut.common_kernels.schedule.shape import ScheduleShape
     from taut.common_kernels.step import Step
 
 RECORD = tl.constexpr(8)
@@ -289,9 +289,9 @@ class DeviceSchedule:
         dependent: whether the device can start a kernel before the one ahead of it has ended (NVIDIA, sm_90+).
 
     Attributes:
-        items: [shape.max_items, 8] int32, see `reference.Item`. As many as `launch` returns are the step's own and
+        items: [shape.max_items, 8] int32, see `schedule.shape.Item`. As many as `launch` returns are the step's own and
             empty ones, where that is less than the parts; later ones may be an earlier step's.
-        parts: [shape.parts, 16] int32: see `reference.Part`, and from the ninth number on the part's first item.
+        parts: [shape.parts, 16] int32: see `schedule.shape.Part`, and from the ninth number on the part's first item.
     """
 
     def __init__(
