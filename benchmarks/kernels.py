@@ -84,7 +84,7 @@ class Bench:
                 if error is not None:
                     errors[name] = error
         except OutOfMemoryError as full:
-            left_out["all"] = _in_a_line(full)
+            left_out["all"] = in_a_line(full)
         return Row(
             operation=operation.name,
             shape=shape,
@@ -109,11 +109,11 @@ class Bench:
             error = None if right is None else relative_error(task.result(call), right)
             return self.time(call), error
         except (ProviderError, OutOfMemoryError) as refused:
-            return _in_a_line(refused)
+            return in_a_line(refused)
         except Exception as failed:  # another project's code, called as one of its releases is
             if name.startswith(OURS):
                 raise
-            return _in_a_line(failed)
+            return in_a_line(failed)
 
     def _task(self, operation: Operation, shape: Shape) -> tuple[Task, Tensor | None]:
         """The tensors of a row, and what every call of it must give; None where there are no numbers to hold."""
@@ -143,7 +143,8 @@ def ours(task: Task, wanted: str, table: str | None) -> Call:
     return task.call(kernels, task.workspace(kernels, table))
 
 
-def _in_a_line(error: Exception) -> str:
+def in_a_line(error: Exception) -> str:
+    """An error's type and message, cut where they are long."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return text if len(text) <= 300 else text[:297] + "..."
 
