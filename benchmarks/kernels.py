@@ -57,17 +57,11 @@ class Bench:
     providers: Sequence[str] = ("auto",)
     table: str | None = None
 
-    def rows(self, grids: Sequence[Grid]) -> Iterator[Row]:
-        """Every row of the grids, one by one, as it is measured."""
-        for grid in grids:
-            for shape in grid.shapes:
-                yield self.row(grid.operation, shape)
-                gc.collect()  # so that the next row finds the memory of this one
-
     def row(self, operation: Operation, shape: Shape) -> Row:
         """One row. What cannot be measured is left out, with the reason; a GPU that is full is such a reason."""
         from torch import OutOfMemoryError
 
+        gc.collect()  # so that it finds the memory of the row before
         us: dict[str, float] = {}
         errors: dict[str, float] = {}
         left_out: dict[str, str] = {}
