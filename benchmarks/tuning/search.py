@@ -1,7 +1,8 @@
 """The choice of a tile from what a timer says. Pure: the same answers give the same choice.
 
-From today's tile one number after another is changed (or a few that trade one resource, together), all their values are
-measured, and the best is kept; so again and again, until no change makes it better.
+From today's tile one number after another is changed, or a few together that trade one resource. A tile that is better
+is kept, and the next changes are made to it, again and again, until no change makes it better. The timer gets all of
+them at once, so that it can compile ahead; what follows a better tile is not asked for.
 
 A tile is only chosen if it is slower than today's on no shape at all. So a timer may give a tile up at the first shape
 where it is slower, and most tiles cost one short measurement.
@@ -99,26 +100,24 @@ def search(space: Space, given: Mapping[str, int], start: Tile, measure: Timer, 
         raise BenchmarkError(f"the table's own tile {dict(start)} {before.status}: {before.why}")
     limits = [us * (1 + SLOWER) for us in before.us]
     tried = [(start, before)]
-    best, after = start, before
-
-    def found(cut_short: str = "") -> Found:
-        return Found(start, before, best, after, dict(Counter(it.status for _, it in tried)), cut_short)
-
-    better = True
-    while better:
-        better = False
-        for names in space.changes:
-            known = [tile for tile, _ in tried]
-            wanted = [tile for tile in space.changed(best, names, given) if tile not in known]
-            allowed = wanted[: most - len(tried)]
-            outcomes = list(zip(allowed, measure(allowed, limits) if allowed else (), strict=False))
-            tried += outcomes
-            for tile, outcome in outcomes:
-                if score(outcome, before) < score(after, before) * (1 - GAIN):
-                    best, after, better = tile, outcome, True
-            if len(outcomes) < len(allowed):
-                last, outcome = tried[-1]
-                return found(f"the GPU took no more work after {dict(last)} {outcome.status}: {outcome.why}")
-            if len(allowed) < len(wanted):
-                return found("--most allows more")
-    return found()
+    best, after, order = start, before, space.changes
+    while True:
+        known = [tile for tile, _ in tried]
+        changed = [(at, tile) for at, names in enumerate(order) for tile in space.changed(best, names, given)]
+        wanted = [(at, tile) for at, tile in changed if tile not in known]
+        allowed = wanted[: most - len(tried)]
+        outcomes = measure([tile for _, tile in allowed], limits) if allowed else iter(())
+        for (at, tile), outcome in zip(allowed, outcomes, strict=False):
+            tried.append((tile, outcome))
+            if score(outcome, before) < score(after, before) * (1 - GAIN):
+                best, after, order = tile, outcome, order[at:] + order[:at]
+                break
+        else:
+            break
+    last, outcome = tried[-1]
+    cut_short = ""
+    if len(tried) < len(known) + len(allowed):
+        cut_short = f"the GPU took no more work after {dict(last)} {outcome.status}: {outcome.why}"
+    elif len(allowed) < len(wanted):
+        cut_short = "--most allows more"
+    return Found(start, before, best, after, dict(Counter(it.status for _, it in tried)), cut_short)
