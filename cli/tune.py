@@ -113,7 +113,7 @@ def _who_serves(named: str | None) -> tuple[str, Callable[[Problem], str]]:
         named: with --kernels; None for what TAUT_KERNELS says.
 
     Raises:
-        ProviderError: nobody is called so; from the second, too, where nobody can serve the problem.
+        ProviderError: no provider has this name. The function that is returned raises it where none can serve.
     """
     from taut.engine_plugins.settings import settings
 
@@ -149,10 +149,14 @@ def _dry_run(asked: Sequence[Tuned], *, as_data: bool) -> None:
 
 
 def _session(table: Path | None, jobs: int) -> Session:
-    """What tunes the GPU of this process, from a table if one is named.
+    """What tunes the GPU of this process.
+
+    Args:
+        table: to begin from; None for the package's.
+        jobs: processes that compile.
 
     Raises:
-        BenchmarkError: there is none.
+        BenchmarkError: torch is missing, or can use no GPU.
     """
     try:
         import torch
