@@ -29,11 +29,12 @@ demo: $(VENV)/engine.done $(MODEL)/config.json
 test: lint unit kernels engines
 
 lint: $(VENV)/tests.done
-	@echo "==> lint, format and types"
+	@echo "==> lint, format, types, and who imports whom"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@sh tools/link_sources.sh
 	$(BIN)/mypy
+	PYTHONPATH=.types $(BIN)/lint-imports --no-cache --no-logo
 
 unit: $(VENV)/tests.done
 	@echo "==> tests without an engine"

@@ -57,17 +57,11 @@ class Bench:
     providers: Sequence[str] = ("auto",)
     table: str | None = None
 
-    def rows(self, grids: Sequence[Grid]) -> Iterator[Row]:
-        """Every row of the grids, one by one, as it is measured."""
-        for grid in grids:
-            for shape in grid.shapes:
-                yield self.row(grid.operation, shape)
-                gc.collect()  # so that the next row finds the memory of this one
-
     def row(self, operation: Operation, shape: Shape) -> Row:
         """One row. What cannot be measured is left out, with the reason; a GPU that is full is such a reason."""
         from torch import OutOfMemoryError
 
+        gc.collect()  # so that it finds the memory of the row before
         us: dict[str, float] = {}
         errors: dict[str, float] = {}
         left_out: dict[str, str] = {}
@@ -84,7 +78,7 @@ class Bench:
                 if error is not None:
                     errors[name] = error
         except OutOfMemoryError as full:
-            left_out["all"] = _in_a_line(full)
+            left_out["all"] = in_a_line(full)
         return Row(
             operation=operation.name,
             shape=shape,
@@ -109,11 +103,11 @@ class Bench:
             error = None if right is None else relative_error(task.result(call), right)
             return self.time(call), error
         except (ProviderError, OutOfMemoryError) as refused:
-            return _in_a_line(refused)
+            return in_a_line(refused)
         except Exception as failed:  # another project's code, called as one of its releases is
             if name.startswith(OURS):
                 raise
-            return _in_a_line(failed)
+            return in_a_line(failed)
 
     def _task(self, operation: Operation, shape: Shape) -> tuple[Task, Tensor | None]:
         """The tensors of a row, and what every call of it must give; None where there are no numbers to hold."""
@@ -143,7 +137,8 @@ def ours(task: Task, wanted: str, table: str | None) -> Call:
     return task.call(kernels, task.workspace(kernels, table))
 
 
-def _in_a_line(error: Exception) -> str:
+def in_a_line(error: Exception) -> str:
+    """An error's type and message, cut where they are long."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return text if len(text) <= 300 else text[:297] + "..."
 

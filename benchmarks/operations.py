@@ -33,7 +33,6 @@ class Operation:
 
     Args:
         name: what the command calls it.
-        summary: one line.
         axes: the names of a shape's numbers and their usual values, in the order in which they are shown.
         usual: the grid when none is given; of each shape what differs from `axes`.
         traffic: bytes that must move; each cache byte, query and output counted once. None: there is no such floor.
@@ -42,7 +41,6 @@ class Operation:
     """
 
     name: str
-    summary: str
     axes: Mapping[str, int]
     usual: Sequence[Mapping[str, int]]
     traffic: Callable[[Shape], int] | None
@@ -193,7 +191,6 @@ OPERATIONS: dict[str, Operation] = {
     for operation in (
         Operation(
             "mla_decode",
-            "latent attention, absorbed: 512 latent and 64 rope, over pages",
             {"heads": 128, "rows": 1, "context": 4096, "queries": 1, "page": 64, "float8": 0},
             _rows(
                 "heads rows context",
@@ -206,7 +203,6 @@ OPERATIONS: dict[str, Operation] = {
         ),
         Operation(
             "paged_decode",
-            "dense attention over pages, one new token a row (or a few)",
             {**_DENSE, "queries": 1, "page": 16, "float8": 0},
             _rows(
                 "q_heads rows context",
@@ -219,7 +215,6 @@ OPERATIONS: dict[str, Operation] = {
         ),
         Operation(
             "paged_extend",
-            "dense attention over pages, many new tokens a row, causal",
             {**_DENSE, "queries": 4096, "page": 16, "float8": 0},
             _rows(
                 "key value rows context queries page",
@@ -233,7 +228,6 @@ OPERATIONS: dict[str, Operation] = {
         ),
         Operation(
             "ragged_prefill",
-            "dense attention over keys that lie side by side, causal",
             {**_DENSE, "queries": 4096},
             _rows(
                 "q_heads kv_heads key rows context queries",
@@ -246,28 +240,24 @@ OPERATIONS: dict[str, Operation] = {
         ),
         Operation(
             "store_kv",
-            "new keys and values into the cache",
             {"tokens": 64, "kv_heads": 8, "key": 128, "value": 128, "page": 16, "float8": 0},
             _rows("tokens", (1,), (64,), (256,), (8192,)),
             _store_traffic,
         ),
         Operation(
             "store_mla_kv",
-            "new latent and rope vectors into the cache",
             {"tokens": 64, "page": 64, "float8": 0},
             _rows("tokens", (1,), (64,), (256,), (8192,)),
             _store_mla_traffic,
         ),
         Operation(
             "merge",
-            "attention over a whole from attention over its parts",
             {"parts": 2, "tokens": 4096, "heads": 128, "value": 128},
             _rows("parts tokens heads", (2, 64, 128), (2, 4096, 128), (2, 8192, 16), (8, 4096, 32)),
             _merge_traffic,
         ),
         Operation(
             "schedule",
-            "the work list of a step, once for all its layers",
             {"heads": 128, "rows": 64, "context": 1024},
             _rows("heads rows", (128, 1), (128, 64), (128, 256), (16, 256), (16, 1024)),
             None,

@@ -9,17 +9,18 @@ from __future__ import annotations
 import json
 import math
 import os
-from pathlib import Path
 from statistics import geometric_mean
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from taut.benchmarks import BenchmarkError
 from taut.benchmarks.operations import describe, floor_us
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 SCHEMA: Literal[1] = 1  # it rises when a key goes or changes its meaning
-PACKAGED = Path(__file__).parent / "results"
 OURS = "taut"  # and "taut NAME" where several of our providers were measured
 
 

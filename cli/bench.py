@@ -237,47 +237,6 @@ def _object(text: str) -> dict[str, Any]:
     return found
 
 
-@app.command("all")
-def everything(
-    folder: Annotated[Path, typer.Argument(help="Where the files of results are kept; made if it is missing.")],
-    engine: Annotated[
-        list[str] | None, typer.Option(help="vllm or sglang, may be given twice; those installed here if not given.")
-    ] = None,
-    runs: Annotated[int, typer.Option(min=1, help="Of each load in each process of an engine.")] = 3,
-    rounds: Annotated[int, typer.Option(min=1, help="Processes of each backend, all backends in turn.")] = 1,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the calls; needs no GPU.")] = False,
-) -> None:
-    """Measure everything that is published: all operations, and both shapes in each engine that is installed here.
-
-    Examples: taut bench all results | taut bench all results --engine vllm --rounds 3 | taut bench all new --dry-run
-
-    What the folder holds already is not measured again: interrupted, the same command goes on where it was.
-
-    Exit status 1 if a part failed; the others are measured all the same.
-    """
-    from taut.benchmarks.published import measure, parts
-
-    asked = parts(engine or [], runs, rounds)
-    if dry_run:
-        for part in asked:
-            typer.echo(" ".join(("taut", *part.call(folder))))
-        return
-    if not _on_gpu():
-        raise BenchmarkError("taut bench all measures on a GPU, and torch finds none here; --dry-run shows the calls")
-    folder.mkdir(parents=True, exist_ok=True)
-    failed = []
-    for number, part in enumerate(asked, 1):
-        typer.echo(f"{part.name}, {number} of {len(asked)}", err=True)
-        if part.file(folder).exists():
-            typer.echo(f"{part.file(folder)} is there already: remove it to measure it again", err=True)
-        elif measure(part, folder):
-            failed.append(part.name)
-    if failed:
-        typer.echo(f"taut: failed: {', '.join(failed)}; what they said stands above", err=True)
-        raise typer.Exit(1)
-    typer.echo(f"draw them with: taut bench plot {folder}/*.json", err=True)
-
-
 @app.command("show")
 def show(file: Annotated[Path, typer.Argument(help="A file of results.")], as_data: AsJson = False) -> None:
     """Print the tables of a file of results.
@@ -321,20 +280,18 @@ def compare(
 
 @app.command("plot")
 def plot(
-    files: Annotated[
-        list[Path] | None, typer.Argument(help="Files of results of one GPU; those of the package if none.")
-    ] = None,
+    files: Annotated[list[Path], typer.Argument(help="Files of results of one GPU.")],
     folder: Annotated[Path, typer.Option(help="Where the pictures go.")] = Path(),
     form: Annotated[str, typer.Option("--format", help="svg or png.")] = "svg",
 ) -> None:
     """Draw the roofline, latency over context, speed-ups and engines. Needs matplotlib, but no GPU.
 
-    Examples: taut bench plot kernels.json engines.json --folder pictures | taut bench plot --format png
+    Examples: taut bench plot kernels.json engines.json --folder pictures | taut bench plot kernels.json --format png
     """
     from taut.benchmarks.plots import draw
-    from taut.benchmarks.results import PACKAGED, read
+    from taut.benchmarks.results import read
 
-    drawn = draw([read(file) for file in files or sorted(PACKAGED.glob("*.json"))], folder, form)
+    drawn = draw([read(file) for file in files], folder, form)
     if not drawn:
         raise BenchmarkError("these files hold no rows that can be drawn")
     for file in drawn:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -11,27 +10,33 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from taut.benchmarks import BenchmarkError
+from taut.benchmarks.kernels import asked_with_option
+from taut.benchmarks.models import model_named
 from taut.benchmarks.operations import describe
+from taut.benchmarks.results import Compared, write_whole
+from taut.benchmarks.tables import render_comparison
 from taut.benchmarks.tuning.problems import DECODE, PREFILL, Tuned, questions
+from taut.benchmarks.tuning.search import Found, search
+from taut.benchmarks.tuning.space import SPACES
+from taut.benchmarks.tuning.writing import as_json, tuned_table
 from taut.cli.bench import check_output, progress, wide_console
+from taut.common_kernels.providers import ProviderError, registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from contextlib import AbstractContextManager
 
-    from rich.progress import TaskID
-
-    from taut.benchmarks.tuning.journal import Journal
-    from taut.benchmarks.tuning.search import Found, Outcome, Timer
+    from taut.benchmarks.results import About
+    from taut.benchmarks.tuning.measure import Session
+    from taut.benchmarks.tuning.search import Outcome
     from taut.common_kernels.problem import Problem
-    from taut.common_kernels.tiles import Tile, TileTable
+    from taut.common_kernels.tiles import Tile
 
-
+Answers = list[tuple[Tuned, Found]]
 SCHEMA = 1  # of the JSON; it rises when a key goes or changes its meaning
 MOST = 80
 
@@ -40,9 +45,7 @@ def command(
     models: Annotated[
         list[str], typer.Argument(help="llama, deepseek, or models' folders (their config.json is enough).")
     ],
-    tensor_parallel: Annotated[
-        int, typer.Option("--tp", min=1, help="Devices that the heads are shared out over.")
-    ] = 1,
+    tensor_parallel: Annotated[int, typer.Option("--tp", min=1, help="Devices that share the heads.")] = 1,
     page_size: Annotated[
         int | None, typer.Option("--page", min=1, help="Tokens in a page; 64 for latent attention and 16 else.")
     ] = None,
@@ -65,7 +68,6 @@ def command(
     jobs: Annotated[
         int | None, typer.Option(min=0, help="Processes that compile; all cores but one if not given.")
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what an interrupted run has measured.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show whose tiles would be tuned, and where; without a GPU, triton's.")
     ] = False,
@@ -77,41 +79,29 @@ def command(
     FOLDER --kernels triton | taut tune FOLDER --decode "rows=1..256 context=8k" --dry-run
 
     Use it with TAUT_TABLE=FILE. Every tile is checked against the reference before it is timed, and none is chosen that
-    is slower than today's on any shape. Interrupted, the same command goes on where it was.
+    is slower than today's on any shape. Interrupted, it writes nothing.
     """
     check_output(output)
-    target, provider_of = _who_serves(provider)
-    asked = questions(
-        _configs(models),
-        target=target,
-        provider_of=provider_of,
-        tensor_parallel=tensor_parallel,
-        page_size=page_size,
-        cache_dtype=cache_dtype,
-        decode=decode,
-        prefill=prefill,
-    )
+    try:
+        target, provider_of = _who_serves(provider)
+        asked = questions(
+            {model.name: model.config for model in map(model_named, dict.fromkeys(models))},
+            target=target, provider_of=provider_of, tensor_parallel=tensor_parallel, page_size=page_size,
+            cache_dtype=cache_dtype, decode=decode, prefill=prefill,
+        )  # fmt: skip
+    except ProviderError as error:
+        raise (asked_with_option(error) if provider else error) from None
     if dry_run:
         _dry_run(asked, as_data=as_data)
         return
-    tuning = Tuning.here(asked, table, output, most=most, jobs=jobs, fresh=fresh)
-    try:
-        found = tuning.run(Console(stderr=True))
-    except KeyboardInterrupt:
-        typer.echo(f"taut: stopped; the same command goes on from {tuning.journal.path}", err=True)
-        raise typer.Exit(130) from None
-    tuning.write(found)
-    if as_data:
-        typer.echo(json.dumps(outcome(tuning, found), indent=1))
-    else:
-        wide_console().print(render(asked, found))
-        typer.echo(f"{tuning.output}: use it with TAUT_TABLE={tuning.output}")
-
-
-def _configs(models: Sequence[str]) -> dict[str, dict[str, Any]]:
-    from taut.benchmarks.models import model_named
-
-    return {model.name: model.config for model in map(model_named, dict.fromkeys(models))}
+    session = _session(table, max(1, (os.cpu_count() or 2) - 1) if jobs is None else jobs)
+    place = output or Path(f"tiles-{session.facts.target}.json")
+    check_output(place)
+    found, failures = tune(session, asked, most)
+    if found:
+        _write(session, found, place, as_data=as_data)
+    if failures:
+        raise BenchmarkError(f"not tuned: {'; '.join(failures)}")
 
 
 def _who_serves(named: str | None) -> tuple[str, Callable[[Problem], str]]:
@@ -121,23 +111,17 @@ def _who_serves(named: str | None) -> tuple[str, Callable[[Problem], str]]:
 
     Args:
         named: with --kernels; None for what TAUT_KERNELS says.
+
+    Raises:
+        ProviderError: no provider has this name. The function that is returned raises it where none can serve.
     """
-    from taut.benchmarks.kernels import asked_with_option
-    from taut.common_kernels.providers import ProviderError, registry
     from taut.engine_plugins.settings import settings
 
     wanted, target = named or settings().kernels, _target()
-
-    def provider_of(problem: Problem) -> str:
-        try:
-            registry().check_name(wanted)
-            if target is None:
-                return "triton" if wanted == "auto" else wanted
-            return registry().choose(problem, wanted).provider.name
-        except ProviderError as error:
-            raise (asked_with_option(error) if named else error) from None
-
-    return target or "any", provider_of
+    registry().check_name(wanted)
+    if target is None:
+        return "any", lambda _problem: "triton" if wanted == "auto" else wanted
+    return target, lambda problem: registry().choose(problem, wanted).provider.name
 
 
 def _target() -> str | None:
@@ -155,220 +139,116 @@ def _dry_run(asked: Sequence[Tuned], *, as_data: bool) -> None:
     if as_data:
         typer.echo(json.dumps([dataclasses.asdict(question) for question in asked], indent=1))
         return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("kernels", "of the table", "asked with", "measured as", "shapes", "for"):
-        table.add_column(heading, overflow="fold")
+    table = Table(
+        *("kernels", "of the table", "asked with", "measured as", "shapes", "for"), box=box.SIMPLE_HEAD, pad_edge=False
+    )
     for one in asked:
-        table.add_row(
-            one.provider,
-            one.table_operation,
-            describe(one.facts),
-            one.operation,
-            str(len(one.shapes)),
-            ", ".join(one.models),
-        )
+        facts, shapes, models = describe(one.facts), str(len(one.shapes)), ", ".join(one.models)
+        table.add_row(one.provider, one.table_operation, facts, one.operation, shapes, models)
     wide_console().print(table)
 
 
-@dataclasses.dataclass
-class Tuning:
-    """One run.
+def _session(table: Path | None, jobs: int) -> Session:
+    """What tunes the GPU of this process.
 
     Args:
-        asked: the questions.
-        base: today's table.
-        output: where the new one goes.
-        journal: what was measured so far.
-        most: tiles to measure for each question.
-        target: of the GPU.
-        shared_memory: bytes that a program may use.
-        measured: on what and when, for people.
-        session: a context that gives the timer of a question.
+        table: to begin from; None for the package's.
+        jobs: processes that compile.
+
+    Raises:
+        BenchmarkError: torch is missing, or can use no GPU.
     """
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise BenchmarkError("tuning needs torch, which is missing here; --dry-run shows what it would do") from None
+    from taut.benchmarks import timing
+    from taut.benchmarks.tuning.measure import Session
+    from taut.common_kernels.tiles import table_for
+    from taut.common_kernels.workspace import device_facts
 
-    asked: Sequence[Tuned]
-    base: TileTable
-    output: Path
-    journal: Journal
-    most: int
-    target: str
-    shared_memory: int
-    measured: str
-    session: AbstractContextManager[Callable[[Tuned], Timer]]
-
-    @classmethod
-    def here(
-        cls,
-        asked: Sequence[Tuned],
-        table: Path | None,
-        output: Path | None,
-        *,
-        most: int,
-        jobs: int | None,
-        fresh: bool,
-    ) -> Tuning:
-        """On the GPU of this process.
-
-        Raises:
-            BenchmarkError: there is none, or a journal of other circumstances is in the way.
-        """
-        try:
-            import torch
-        except ModuleNotFoundError:
-            raise BenchmarkError(
-                "tuning needs torch, which is missing here; --dry-run shows what it would do"
-            ) from None
-        from taut.benchmarks import timing
-        from taut.benchmarks.tuning.journal import Journal
-        from taut.benchmarks.tuning.measure import Session
-        from taut.common_kernels.tiles import table_for
-        from taut.common_kernels.workspace import device_facts
-
-        timing.need_gpu("taut tune")
-        torch.manual_seed(0)
-        facts, about = device_facts("cuda:0"), timing.about()
-        base = table_for(facts.target, facts.shared_memory, str(table) if table else None)
-        place = output or Path(f"tiles-{facts.target}.json")
-        check_output(place)
-        journal = journal_of(place)
-        if fresh:
-            journal.unlink(missing_ok=True)
-        depends = circumstances(asked, base, about.gpu, about.packages, most)
-        compilers = max(1, (os.cpu_count() or 2) - 1) if jobs is None else jobs
-        packages = ", ".join(f"{name} {about.packages[name]}" for name in ("torch", "triton") if name in about.packages)
-        return cls(
-            asked,
-            base,
-            place,
-            Journal(journal, depends),
-            most,
-            facts.target,
-            facts.shared_memory,
-            f"an {about.gpu}, {packages}, {about.date}",
-            Session(base, facts, "cuda:0", compilers),
-        )
-
-    def run(self, said: Console) -> list[Found]:
-        """Every question's answer.
-
-        Raises:
-            BenchmarkError: today's tile of one cannot be measured.
-        """
-        from taut.benchmarks.tuning.search import SearchError, search, settle
-        from taut.benchmarks.tuning.space import space_of
-
-        if len(self.journal):
-            said.print(f"going on from {self.journal.path}: {len(self.journal)} tiles are measured", highlight=False)
-        found = []
-        with progress() as bar, self.session as timer_of:
-            for number, question in enumerate(self.asked):
-                words = f"{number + 1} of {len(self.asked)}, {question.name}"
-                task = bar.add_task(words, total=self.most)
-                start = self.base.tile(question.table_operation, question.facts)
-                timer = timer_of(question)
-                kept = self.journal.kept(question.name, timer)
-
-                def counted(
-                    tiles: Sequence[Tile], limits: Sequence[float] | None, kept: Timer = kept, task: TaskID = task
-                ) -> Iterator[Outcome]:
-                    for one in kept(tiles, limits):
-                        bar.advance(task)
-                        yield one
-
-                def again(turn: int, question: Tuned = question, timer: Timer = timer) -> Timer:
-                    return self.journal.kept(f"{question.name}, again, {turn}", timer)
-
-                space = space_of(question.table_operation)
-                try:
-                    best = search(space, question.given, start, counted, self.most)
-                except SearchError as error:
-                    raise BenchmarkError(f"{question.name}: {error}") from None
-                bar.update(task, description=f"{words}: once more")
-                found.append(settle(best, again))
-                bar.update(task, visible=False)
-        return found
-
-    def write(self, found: Sequence[Found]) -> None:
-        """Write the table, read it back, and remove the journal."""
-        from taut.benchmarks.results import write_whole
-        from taut.benchmarks.tuning.writing import as_json, tuned_table
-        from taut.common_kernels.tiles import read_table
-
-        chosen = [(question, one.best) for question, one in zip(self.asked, found, strict=True)]
-        table = tuned_table(
-            self.base, chosen, target=self.target, shared_memory=self.shared_memory, measured=self.measured
-        )
-        write_whole(self.output, as_json(table))
-        read = read_table(self.output)
-        assert all(read.tile(one.table_operation, one.facts) == tile for one, tile in chosen)
-        self.journal.remove()
+    timing.need_gpu("taut tune")
+    torch.manual_seed(0)
+    facts = device_facts("cuda:0")
+    return Session(table_for(facts.target, facts.shared_memory, str(table) if table else None), facts, "cuda:0", jobs)
 
 
-def journal_of(table: Path) -> Path:
-    """Where the journal of a table lies: beside it."""
-    return table.with_name(f"{table.name}.journal")
+def tune(session: Session, asked: Sequence[Tuned], most: int) -> tuple[Answers, list[str]]:
+    """The answers to the questions, and why others have none: today's tile cannot be measured.
+
+    Args:
+        session: where.
+        asked: the questions.
+        most: tiles to measure for each.
+    """
+    found: Answers = []
+    failures = []
+    with progress() as bar, session.timers() as timer_of:
+        for number, question in enumerate(asked):
+            task = bar.add_task(f"{number + 1} of {len(asked)}, {question.name}", total=most)
+            timer = timer_of(question)
+
+            def counted(tiles: Sequence[Tile], limits: Sequence[float] | None) -> Iterator[Outcome]:
+                for outcome in timer(tiles, limits):  # noqa: B023 - the search ends before the next question begins
+                    bar.advance(task)  # noqa: B023
+                    yield outcome
+
+            start = session.base.tile(question.table_operation, question.facts)
+            try:
+                found.append((question, search(SPACES[question.table_operation], question.given, start, counted, most)))
+            except BenchmarkError as error:
+                failures.append(f"{question.name}: {error}")
+            bar.update(task, visible=False)
+    return found, failures
 
 
-def circumstances(
-    asked: Sequence[Tuned], base: TileTable, gpu: str, packages: dict[str, str], most: int
-) -> dict[str, Any]:
-    """What the times of a journal depend on."""
-    from taut.benchmarks.tuning.writing import as_json
+def _write(session: Session, found: Answers, place: Path, *, as_data: bool) -> None:
+    """Write the table, and tell what came of it."""
+    from taut.benchmarks.timing import about
 
-    names = ("taut-attention", "torch", "triton")
+    here = about()
+    packages = [f"{name} {here.packages[name]}" for name in ("torch", "triton") if name in here.packages]
+    measured = ", ".join([f"an {here.gpu}", *packages, here.date])
+    chosen = [(question, one.best) for question, one in found]
+    facts = session.facts
+    table = tuned_table(session.base, chosen, target=facts.target, shared_memory=facts.shared_memory, measured=measured)
+    write_whole(place, as_json(table))
+    if as_data:
+        told = {"schema": SCHEMA, "table": str(place), "measured": measured, "base": session.base.name}
+        typer.echo(json.dumps(told | {"questions": [_as_data(*answer) for answer in found]}, indent=1))
+    else:
+        wide_console().print(render(found, here))
+        typer.echo(f"{place}: use it with TAUT_TABLE={place}")
+
+
+def _as_data(question: Tuned, one: Found) -> dict[str, Any]:
+    """A question of what `--json` prints; docs/tune.md tells of every key."""
     return {
-        "schema": SCHEMA,
-        "gpu": gpu,
-        "packages": {name: packages[name] for name in names if name in packages},
-        "kernels": " and ".join(sorted({question.provider for question in asked})),
-        "questions": _digest([dataclasses.asdict(question) for question in asked]),
-        "table": f"{base.name} {_digest(as_json(base))}",
-        "most": most,
+        "provider": question.provider,
+        "operation": question.table_operation,
+        "facts": dict(question.facts),
+        "models": list(question.models),
+        "shapes": list(question.shapes),
+        "before": {"tile": one.start, "us": list(one.before.us)},
+        "after": {"tile": one.best, "us": list(one.after.us)},
+        "gain": one.gain,
+        "counts": one.counts,
+        "complete": not one.cut_short,
     }
 
 
-def _digest(data: Any) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def outcome(tuning: Tuning, found: Sequence[Found]) -> dict[str, Any]:
-    """What `--json` prints; docs/tune.md tells of every key."""
-    return {
-        "schema": SCHEMA,
-        "table": str(tuning.output),
-        "measured": tuning.measured,
-        "base": tuning.base.name,
-        "questions": [
-            {
-                "provider": question.provider,
-                "operation": question.table_operation,
-                "facts": dict(question.facts),
-                "models": list(question.models),
-                "shapes": list(question.shapes),
-                "before": {"tile": one.start, "us": list(one.before.us)},
-                "after": {"tile": one.best, "us": list(one.after.us)},
-                "gain": one.gain,
-                "counts": one.counts,
-                "complete": one.complete,
-            }
-            for question, one in zip(tuning.asked, found, strict=True)
-        ],
-    }
-
-
-def render(asked: Sequence[Tuned], found: Sequence[Found]) -> Table:
-    """A line for each question and shape, then the tile that was chosen."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("question, shape", overflow="fold")
-    for heading in ("before us", "after us", "times as fast"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for question, one in zip(asked, found, strict=True):
-        counts = ", ".join(f"{number} {status}" for status, number in sorted(one.counts.items()))
-        note = "" if one.complete else "; cut short, --most allows more"
-        table.add_row(Text(question.name, style="bold"), "", "", Text(f"{one.gain:.3f}", style="bold"))
-        for shape, before, after in zip(question.shapes, one.before.us, one.after.us, strict=True):
-            table.add_row("  " + describe(shape), f"{before:.1f}", f"{after:.1f}", f"{before / after:.3f}")
+def render(found: Answers, about: About) -> Group:
+    """A line for each shape, then for each question the tile that was chosen."""
+    pairs = [
+        Compared(what=f"{question.table_operation} {describe(shape)}", unit="us", before=before, after=after)
+        for question, one in found
+        for shape, before, after in zip(question.shapes, one.before.us, one.after.us, strict=True)
+    ]
+    lines = []
+    for question, one in found:
         changed = {name: number for name, number in one.best.items() if one.start.get(name) != number}
-        words = f"with {describe(changed)}" if changed else "with the tile as it was"
-        table.add_row(Text(f"  {words} ({counts}{note})", style="italic"), "", "", "")
-    return table
+        tile = f"{one.gain:.3f} times as fast with {describe(changed)}" if changed else "the tile as it was"
+        counts = ", ".join(f"{number} {status}" for status, number in sorted(one.counts.items()))
+        note = f"; cut short, {one.cut_short}" if one.cut_short else ""
+        lines.append(Text.assemble((question.name, "bold"), f": {tile} ({counts}{note})"))
+    return Group(render_comparison(pairs, about), *lines)

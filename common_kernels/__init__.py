@@ -3,7 +3,7 @@
 | module | what it holds |
 | --- | --- |
 | `problem` | what is asked for and what a provider can do, both as data |
-| `providers` | who provides kernels, and the choice among them |
+| `providers` | who provides kernels, and the choice among them; its parts are `provider` and `registry` |
 | `paging`, `step` | the paged cache as strided views, and one engine step as data |
 | `paged_attention`, `mla_decode`, `store_kv`, `merge` | the operations; `reference.py` in each is its oracle |
 | `schedule`, `scratch`, `workspace` | equal shares of a step's work, decided on the device; room for splits |

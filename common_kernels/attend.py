@@ -116,17 +116,6 @@ def compute_dtype(query: Tensor) -> torch.dtype:
     return torch.promote_types(query.dtype, torch.float32)
 
 
-def dequantised(tensor: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Cached elements as numbers: [n, Hk, D] (or [n, D]) times one scale, or times one scale per head.
-
-    A cache that is not quantised has no scale: it was stored without, whatever an engine hands over.
-    """
-    numbers = tensor.to(dtype)
-    if scale is None or tensor.dtype.itemsize > 1:
-        return numbers
-    return numbers * (scale.to(dtype) if scale.numel() == 1 else scale.to(dtype)[:, None])
-
-
 def no_work(starts: list[int], out: Tensor, lse: Tensor | None) -> None:
     """Zeros and -inf for the queries past the last row: the padding of a batch."""
     out[starts[-1] :] = 0

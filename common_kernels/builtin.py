@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
+from taut.common_kernels.kernels import CONTRACT
 from taut.common_kernels.problem import OPERATIONS, Capability
-from taut.common_kernels.providers import KernelProvider, hookimpl
+from taut.common_kernels.provider import KernelProvider, hookimpl
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,6 +31,7 @@ REFERENCE = KernelProvider(
     # It waits for the device in every call: right everywhere, fit to serve only where there is no device to wait for.
     automatic_on=("cpu",),
     graphs=False,
+    contract=CONTRACT,
 )
 
 
@@ -69,6 +71,7 @@ TRITON = KernelProvider(
     ),
     load=_load_portable,
     requires=("torch", "triton"),
+    contract=CONTRACT,
 )
 
 
@@ -135,6 +138,7 @@ HOPPER = KernelProvider(
     requires=("torch", "triton"),
     automatic_on=SM_90,
     probe=_missing_of_gluon,
+    contract=CONTRACT,
 )
 
 

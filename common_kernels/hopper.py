@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from taut.common_kernels.kernels import NoWorkspace
 from taut.common_kernels.mla_decode.hopper_launch import mla_decode, mla_workspace
 from taut.common_kernels.paged_attention.hopper_launch import paged_attention, paged_workspace, ragged_attention
 from taut.common_kernels.portable import merge, store_kv, store_mla_kv
-from taut.common_kernels.reference import NoWorkspace
 
 if TYPE_CHECKING:
     from taut.common_kernels.kernels import Workspace

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from taut.common_kernels.step import Mask, Step
 
 
+# The version of this contract: one more whenever a provider that was written for it would no longer serve.
+CONTRACT = 1
+
+
 class Workspace(Protocol):
     """What a provider needs from one step to the next: its schedule and its scratch.
 
@@ -38,6 +42,22 @@ class Workspace(Protocol):
     def prepare(self, step: Step) -> None:
         """Make the schedule of a step, on the device, without a host-device sync; once a step, before its layers."""
         ...
+
+
+class NoWorkspace:
+    """The workspace of an operation that needs none.
+
+    Args:
+        table_path: the tile table that the user named, if any.
+    """
+
+    size_in_bytes = 0
+
+    def __init__(self, table_path: str | None = None) -> None:
+        self.table_path = table_path
+
+    def prepare(self, step: Step) -> None:
+        """Nothing to prepare."""
 
 
 class Kernels(Protocol):

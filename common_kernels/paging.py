@@ -1,7 +1,7 @@
 """The engines' caches as strided views: keys [N, P, Hk, D], values [N, P, Hk, V], latent [N, P, C + E].
 
-No layout is assumed anywhere: a kernel reads the strides. These functions only name the dimensions of what an engine
-hands over; none of them copies.
+No layout is assumed anywhere: a kernel reads the strides. The views only name the dimensions of what an engine hands
+over; none of them copies.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -30,3 +31,14 @@ def packed_cache_views(cache: Tensor, value_size: int) -> tuple[Tensor, Tensor]:
 def slot_cache_view(cache: Tensor) -> Tensor:
     """A cache that is addressed by token slots, seen as pages of one token: [slots, Hk, D] -> [slots, 1, Hk, D]."""
     return cache.unsqueeze(1)
+
+
+def dequantised(tensor: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Cached elements as numbers: [n, Hk, D] (or [n, D]) times one scale, or times one scale per head.
+
+    A cache that is not quantised has no scale: it was stored without, whatever an engine hands over.
+    """
+    numbers = tensor.to(dtype)
+    if scale is None or tensor.dtype.itemsize > 1:
+        return numbers
+    return numbers * (scale.to(dtype) if scale.numel() == 1 else scale.to(dtype)[:, None])

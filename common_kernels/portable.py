@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from taut.common_kernels.kernels import NoWorkspace
 from taut.common_kernels.merge.triton_launch import merge
 from taut.common_kernels.mla_decode.triton_launch import mla_decode, mla_workspace
 from taut.common_kernels.paged_attention.triton_launch import paged_attention, paged_workspace, ragged_attention
-from taut.common_kernels.reference import NoWorkspace
 from taut.common_kernels.store_kv.triton_launch import store_kv, store_mla_kv
 
 if TYPE_CHECKING:

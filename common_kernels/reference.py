@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from taut.common_kernels.kernels import NoWorkspace
 from taut.common_kernels.merge.reference import merge
 from taut.common_kernels.mla_decode.reference import mla_decode
 from taut.common_kernels.paged_attention.reference import paged_attention, ragged_attention
@@ -11,7 +12,6 @@ from taut.common_kernels.store_kv.reference import store_kv, store_mla_kv
 
 if TYPE_CHECKING:
     from taut.common_kernels.problem import Problem
-    from taut.common_kernels.step import Step
 
 __all__ = [
     "NoWorkspace",
@@ -23,22 +23,6 @@ __all__ = [
     "store_mla_kv",
     "workspace",
 ]
-
-
-class NoWorkspace:
-    """The workspace of an operation that needs none.
-
-    Args:
-        table_path: the tile table that the user named, if any.
-    """
-
-    size_in_bytes = 0
-
-    def __init__(self, table_path: str | None = None) -> None:
-        self.table_path = table_path
-
-    def prepare(self, step: Step) -> None:
-        """Nothing to prepare."""
 
 
 def workspace(

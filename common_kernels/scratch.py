@@ -9,22 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from taut.common_kernels.schedule.reference import most_partials
+from taut.common_kernels.schedule.shape import most_partials
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-def scratch_bytes(parts: int, items: int, rows: int, value_size: int) -> int:
-    """Bytes of the scratch of a schedule.
-
-    Args:
-        parts: of the schedule.
-        items: the most work items of a step.
-        rows: rows of one partial, heads times queries of an item, padded to whole tiles.
-        value_size: V.
-    """
-    return most_partials(parts, items) * rows * (value_size + 1) * torch.float32.itemsize
 
 
 class Scratch:
@@ -33,7 +21,7 @@ class Scratch:
     Args:
         parts: of the schedule.
         items: the most work items of a step.
-        rows: rows of one partial.
+        rows: rows of one partial, heads times queries of an item, padded to whole tiles.
         value_size: V.
         device: where it lies.
 
@@ -49,5 +37,5 @@ class Scratch:
 
     @property
     def size_in_bytes(self) -> int:
-        """Device memory that it holds; `scratch_bytes` tells it beforehand."""
+        """Device memory that it holds."""
         return self.partials.nbytes + self.lses.nbytes

@@ -14,7 +14,7 @@ from taut.common_kernels.scratch import Scratch
 from taut.common_kernels.targets import target_of
 
 if TYPE_CHECKING:
-    from taut.common_kernels.schedule.reference import ScheduleShape
+    from taut.common_kernels.schedule.shape import ScheduleShape
     from taut.common_kernels.step import Step
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pluggy
 
 from taut.adapters.engine import Selection
+from taut.common_kernels.provider import GROUP
 from taut.engine_plugins import logs
 from taut.engine_plugins.settings import settings
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("taut.plugin")
 
-GROUP = "taut"
 hookspec = pluggy.HookspecMarker(GROUP)
 
 

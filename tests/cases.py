@@ -23,7 +23,7 @@ import torch
 
 from taut.common_kernels.paging import packed_cache_views, slot_cache_view
 from taut.common_kernels.problem import Problem
-from taut.common_kernels.schedule.reference import Item
+from taut.common_kernels.schedule.shape import Item
 from taut.common_kernels.step import Mask, PageTable, Step
 
 if TYPE_CHECKING:

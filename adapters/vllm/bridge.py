@@ -19,7 +19,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from taut.adapters.engine import Touch
-from taut.common_kernels.paging import packed_cache_views
+from taut.common_kernels.paging import dequantised, packed_cache_views
 from taut.common_kernels.step import PageTable
 
 if TYPE_CHECKING:
@@ -638,8 +638,6 @@ def gather_context(cache: Tensor, chunk: ContextChunk, kv_cache_dtype: str, scal
 
 def gather_on_cpu(cache: Tensor, chunk: ContextChunk, scale: Tensor, gathered: Tensor) -> None:
     """The same in torch: not every release has an operation for it, and none knows a quantised cache."""
-    from taut.common_kernels.attend import dequantised
-
     pages, ends = PageTable(chunk.table, cache.shape[1]), chunk.key_starts.tolist()
     for row, first in enumerate(chunk.starts.tolist()):
         own = slice(ends[row], ends[row + 1])

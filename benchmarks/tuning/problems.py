@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from taut.benchmarks import BenchmarkError
@@ -10,7 +11,7 @@ from taut.benchmarks.operations import LATENT, OPERATIONS, ROPE, Shape, describe
 from taut.common_kernels.model import problems_of_model
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
     from taut.common_kernels.problem import Problem
 
@@ -44,7 +45,7 @@ class Tuned:
 
     @property
     def name(self) -> str:
-        """The question, in words: what a journal and a table tell it by."""
+        """The question, in words: what people and tables tell it by."""
         return f"{self.table_operation} {describe(self.facts)}"
 
     @property
@@ -172,17 +173,9 @@ def _shapes(operation: str, fixed: Shape, grid: str) -> tuple[Shape, ...]:
     fixed_by_model = next((axis for axis in axes if axis in fixed), None)
     if fixed_by_model:
         raise BenchmarkError(f"{fixed_by_model} is given by the model: leave it out of {grid!r}")
-    whole = " ".join(f"{name}={number}" for name, number in fixed.items()) + f" {grid}"
-    shapes = [one for one in _possible(operation, whole) if one["rows"] * one["context"] <= MOST_CACHED]
+    rows = [dict(zip(axes, numbers, strict=True)) for numbers in product(*axes.values())]
+    asked = [fixed | row for row in rows if row.get("queries", 1) <= row.get("context", MOST_CACHED)]
+    shapes = [one for one in map(OPERATIONS[operation].shape, asked) if one["rows"] * one["context"] <= MOST_CACHED]
     if not shapes:
         raise BenchmarkError(f"{grid!r} holds no shape that can be measured: {MOST_CACHED} cached tokens are the most")
     return tuple(shapes)
-
-
-def _possible(operation: str, grid: str) -> Sequence[Shape]:
-    """A grid, those shapes left out in which a row has more new tokens than tokens."""
-    from itertools import product
-
-    axes = parse_grid(grid)
-    rows = [dict(zip(axes, numbers, strict=True)) for numbers in product(*axes.values())]
-    return [OPERATIONS[operation].shape(one) for one in rows if one.get("queries", 1) <= one.get("context", 1 << 30)]

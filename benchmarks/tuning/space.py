@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING
 
-from taut.benchmarks import BenchmarkError
-
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from taut.common_kernels.tiles import Tile
 
@@ -22,54 +20,40 @@ class Space:
         axes: the values of each number of a tile, in order.
         coupled: numbers that are changed together too, since they trade one resource.
         possible: whether a tile makes sense at all for what is given, see `Tuned.given`.
-        growing: numbers of which more never needs less shared memory.
-        usual: numbers that a table may leave out, and what they then are, by the tile.
         unread: numbers that the kernel does not look at, by the tile and what is given: they are left as they are.
     """
 
     axes: Mapping[str, tuple[int, ...]]
     coupled: tuple[tuple[str, ...], ...]
     possible: Callable[[Tile, Mapping[str, int]], bool]
-    growing: tuple[str, ...] = ("keys", "rows", "stages")
-    usual: Callable[[Tile], Tile] = lambda _tile: {}
     unread: Callable[[Tile, Mapping[str, int]], tuple[str, ...]] = lambda _tile, _given: ()
 
     def whole(self, tile: Tile) -> Tile:
         """A table's tile with what it may leave out."""
-        return {**self.usual(tile), **tile}
+        usual = {"cut": tile.get("keys", 0), "spread": 0}
+        return {name: usual[name] for name in self.axes if name not in tile} | tile
 
-    def neighbours(self, tile: Tile, given: Mapping[str, int]) -> list[Tile]:
-        """The tiles that differ in one number, then those that differ in all of some coupled; only possible ones."""
-        together = [*((axis,) for axis in self.axes), *self.coupled]
-        changes = [
-            dict(zip(names, values, strict=True))
-            for names in together
-            for values in product(*(self.axes[name] for name in names))
-        ]
-        found = [{**tile, **change} for change in changes if all(tile[name] != change[name] for name in change)]
-        return [one for one in found if self.possible(one, given) and not self._differs_unread(one, tile, given)]
+    @property
+    def changes(self) -> tuple[tuple[str, ...], ...]:
+        """The numbers that are changed together: each by itself, then those that are coupled."""
+        return (*((axis,) for axis in self.axes), *self.coupled)
 
-    def _differs_unread(self, tile: Tile, other: Tile, given: Mapping[str, int]) -> bool:
-        """Whether two tiles differ in a number that is not looked at."""
-        return any(tile[name] != other[name] for name in self.unread(tile, given))
-
-    def needs_more(self, tile: Tile, other: Tile) -> bool:
-        """Whether a tile needs at least the shared memory of another one: alike but for what only grows."""
-        alike = all(tile[name] == other[name] for name in tile if name not in self.growing)
-        return alike and all(tile[name] >= other[name] for name in self.growing if name in tile)
-
-
-def _mla_possible(tile: Tile, given: Mapping[str, int]) -> bool:
-    if tile["rows"] > _filled(given["rows"], 16):
-        return False
-    if tile["transposed"] and tile["spread"]:
-        return False
-    return tile["keys"] * tile["rows"] >= 32 * tile["warps"]  # a warp without a part of the scores
+    def changed(self, tile: Tile, names: Sequence[str], given: Mapping[str, int]) -> list[Tile]:
+        """The tiles that differ in all of these numbers and in nothing else; only possible ones."""
+        changes = [dict(zip(names, values, strict=True)) for values in product(*(self.axes[name] for name in names))]
+        found = [tile | change for change in changes if all(tile[name] != change[name] for name in names)]
+        return [one for one in found if self.possible(one, given) and not {*names} & {*self.unread(one, given)}]
 
 
 def _filled(rows: int, least: int) -> int:
     """The rows of the largest tile that so many rows fill more than half of, or of the least one that there is."""
     return max(least, 1 << (rows - 1).bit_length())
+
+
+def _mla_possible(tile: Tile, given: Mapping[str, int]) -> bool:
+    if tile["rows"] > _filled(given["rows"], 16) or (tile["transposed"] and tile["spread"]):
+        return False
+    return tile["keys"] * tile["rows"] >= 32 * tile["warps"]  # a warp without a part of the scores
 
 
 def _decode_possible(tile: Tile, given: Mapping[str, int]) -> bool:
@@ -92,7 +76,7 @@ def _cut_unread(tile: Tile, given: Mapping[str, int]) -> tuple[str, ...]:
 HOPPER_MEMORY, HOPPER_RESERVED = 233_472, 1024  # bytes of shared memory of a multiprocessor, and of them a program's
 
 
-def _hopper_mla_possible(tile: Tile, given: Mapping[str, int]) -> bool:
+def _hopper_rows_possible(tile: Tile, given: Mapping[str, int]) -> bool:
     most = min(64, _filled(given["rows"], 8))
     return tile["rows"] in (most, most // 2)  # fewer read the same keys more often still
 
@@ -104,28 +88,21 @@ def _hopper_mla_unread(_tile: Tile, given: Mapping[str, int]) -> tuple[str, ...]
 
 def _hopper_decode_possible(tile: Tile, given: Mapping[str, int]) -> bool:
     # A part must not begin amid a box, and boxes are pages of up to half a tile. Tables are not asked with the page.
-    if tile["cut"] not in (tile["keys"], tile["keys"] // 2):
+    if tile["cut"] not in (tile["keys"], tile["keys"] // 2) or not _hopper_rows_possible(tile, given):
         return False
-    most = min(64, _filled(given["rows"], 8))
-    if tile["rows"] not in (most, most // 2):
-        return False
-    slots = tile["stages"] * tile["keys"] * given["key_bytes"]
-    weights = tile["rows"] * tile["keys"] * given["element_bytes"]
-    return _hopper_fits(slots + weights + tile["rows"] * given["key_bytes"] // 2, tile["programs"])
+    return _hopper_fits(tile, given, tile["rows"] * tile["keys"] * given["element_bytes"], tile["programs"])
 
 
 def _hopper_prefill_possible(tile: Tile, given: Mapping[str, int]) -> bool:
-    if tile["pack"] > _filled(given["rows"], 1):
-        return False
     # Three warpgroups attend only with heads of 64, and each of their threads needs 160 registers.
     if tile["rows"] == 192 and (given["key_bytes"] > 256 or tile["load_registers"] > 32):
         return False
-    slots = tile["stages"] * tile["keys"] * given["key_bytes"]
-    return _hopper_fits(slots + tile["rows"] * given["key_bytes"] // 2)
+    return tile["pack"] <= _filled(given["rows"], 1) and _hopper_fits(tile, given)
 
 
-def _hopper_fits(needs: int, programs: int = 1) -> bool:
-    """Whether programs that need at least so many bytes share a multiprocessor; what they need exactly is compiled."""
+def _hopper_fits(tile: Tile, given: Mapping[str, int], weights: int = 0, programs: int = 1) -> bool:
+    """Whether programs with ring, queries and weights share a multiprocessor; what they need exactly is compiled."""
+    needs = weights + tile["stages"] * tile["keys"] * given["key_bytes"] + tile["rows"] * given["key_bytes"] // 2
     return programs * (needs + HOPPER_RESERVED) <= HOPPER_MEMORY
 
 
@@ -143,44 +120,25 @@ def _hopper_prefill_unread(tile: Tile, given: Mapping[str, int]) -> tuple[str, .
 SPACES: dict[str, Space] = {
     "mla_decode": Space(
         {
-            "keys": (16, 32, 64, 128),
-            "rows": (16, 32, 64),
-            "transposed": (0, 1),
-            "warps": (4, 8),
-            "stages": (1, 2, 3, 4),
-            "programs": (1, 2),
-            "share": (1, 2),
-            "spare": (1, 2, 4, 8),
-            "apart": (0, 1),
+            "keys": (16, 32, 64, 128), "rows": (16, 32, 64), "transposed": (0, 1), "warps": (4, 8),
+            "stages": (1, 2, 3, 4), "programs": (1, 2), "share": (1, 2), "spare": (1, 2, 4, 8), "apart": (0, 1),
             "spread": (0, 1),
         },
         (("keys", "stages"), ("warps", "programs"), ("rows", "warps")),
         _mla_possible,
-        usual=lambda _: {"spread": 0},
     ),
     "paged_decode": Space(
         {
-            "rows": (16, 32, 64),
-            "keys": (32, 64, 128),
-            "cut": (16, 32, 64, 128),
-            "warps": (2, 4, 8),
-            "stages": (2, 3, 4, 5),
-            "programs": (1, 2, 3, 4),
-            "share": (1, 2),
-            "spare": (2, 4, 8),
+            "rows": (16, 32, 64), "keys": (32, 64, 128), "cut": (16, 32, 64, 128), "warps": (2, 4, 8),
+            "stages": (2, 3, 4, 5), "programs": (1, 2, 3, 4), "share": (1, 2), "spare": (2, 4, 8),
         },
         (("keys", "stages"), ("keys", "cut"), ("warps", "programs")),
         _decode_possible,
-        usual=lambda tile: {"cut": tile["keys"]},
-        unread=_cut_unread,
+        _cut_unread,
     ),
     "paged_prefill": Space(
         {
-            "rows": (64, 128),
-            "keys": (32, 64, 128),
-            "pack": (1, 2, 4, 8),
-            "warps": (4, 8),
-            "stages": (1, 2, 3, 4),
+            "rows": (64, 128), "keys": (32, 64, 128), "pack": (1, 2, 4, 8), "warps": (4, 8), "stages": (1, 2, 3, 4),
         },
         (("keys", "stages"), ("rows", "warps")),
         _prefill_possible,
@@ -188,56 +146,31 @@ SPACES: dict[str, Space] = {
     # Always 64 keys, two slots and one program: more do not fit.
     "hopper_mla_decode": Space(
         {
-            "rows": (8, 16, 32, 64),
-            "registers": (208, 216, 224, 232, 240),
-            "gather_registers": (168, 184, 200, 208, 216, 224),
-            "share": (1, 2, 4),
-            "spare": (0, 2, 4, 8),
+            "rows": (8, 16, 32, 64), "registers": (208, 216, 224, 232, 240),
+            "gather_registers": (168, 184, 200, 208, 216, 224), "share": (1, 2, 4), "spare": (0, 2, 4, 8),
         },
         (("rows", "registers"), ("rows", "gather_registers"), ("share", "spare")),
-        _hopper_mla_possible,
-        unread=_hopper_mla_unread,
+        _hopper_rows_possible,
+        _hopper_mla_unread,
     ),
     # Not three programs: 85 registers a thread are handed out as 88, of which the multiprocessor has too few for three.
     "hopper_paged_decode": Space(
         {
-            "rows": (8, 16, 32, 64),
-            "keys": (64, 128),
-            "cut": (32, 64, 128),
-            "stages": (2, 3, 4, 5, 6, 8),
-            "programs": (1, 2, 4),
-            "share": (1, 2),
-            "spare": (2, 4, 8),
-            "load_registers": (24, 40, 56, 72),
+            "rows": (8, 16, 32, 64), "keys": (64, 128), "cut": (32, 64, 128), "stages": (2, 3, 4, 5, 6, 8),
+            "programs": (1, 2, 4), "share": (1, 2), "spare": (2, 4, 8), "load_registers": (24, 40, 56, 72),
             "gather_registers": (24, 40, 56, 72),
         },
         (("keys", "stages"), ("keys", "cut"), ("keys", "cut", "stages"), ("stages", "programs")),
         _hopper_decode_possible,
-        usual=lambda tile: {"cut": tile["keys"]},
-        unread=lambda tile, given: _cut_unread(tile, given) + _hopper_paged_unread(tile, given),
+        lambda tile, given: _cut_unread(tile, given) + _hopper_paged_unread(tile, given),
     ),
     "hopper_paged_prefill": Space(
         {
-            "rows": (128, 192),
-            "keys": (64, 128),
-            "stages": (2, 3, 4, 5, 6),
-            "pack": (1, 2, 4, 8),
-            "load_registers": (24, 32, 40, 56, 72),
-            "gather_registers": (24, 40, 56, 72),
+            "rows": (128, 192), "keys": (64, 128), "stages": (2, 3, 4, 5, 6), "pack": (1, 2, 4, 8),
+            "load_registers": (24, 32, 40, 56, 72), "gather_registers": (24, 40, 56, 72),
         },
         (("keys", "stages"), ("rows", "load_registers")),
         _hopper_prefill_possible,
-        unread=_hopper_prefill_unread,
+        _hopper_prefill_unread,
     ),
-}
-
-
-def space_of(table_operation: str) -> Space:
-    """The tiles of an operation of a table.
-
-    Raises:
-        BenchmarkError: it has none here.
-    """
-    if table_operation not in SPACES:
-        raise BenchmarkError(f"the tiles of {table_operation} are not tuned: those of {', '.join(SPACES)} are")
-    return SPACES[table_operation]
+}  # fmt: skip

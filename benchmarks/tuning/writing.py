@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+import re
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
 
 from taut.common_kernels.tiles import Entry, TileTable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from taut.benchmarks.tuning.problems import Tuned
     from taut.common_kernels.tiles import Tile
@@ -39,23 +40,9 @@ def tuned_table(
 
 def as_json(table: TileTable) -> str:
     """A table's file, an entry a line."""
-    head: dict[str, Any] = {
-        "about": table.about,
-        "vendor": table.vendor,
-        "targets": list(table.targets),
-        "shared_memory": table.shared_memory,
-    }
-    lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
-    operations = [
-        f"    {json.dumps(operation)}: [\n" + ",\n".join(f"      {_entry(entry)}" for entry in entries) + "\n    ]"
-        for operation, entries in table.operations.items()
-    ]
-    return "{\n" + "\n".join(lines) + '\n  "operations": {\n' + ",\n".join(operations) + "\n  }\n}\n"
-
-
-def _entry(entry: Entry) -> str:
-    when: Mapping[str, list[int]] = {name: list(bounds) for name, bounds in entry.when.items()}
-    return json.dumps({"when": when, "tile": dict(entry.tile)})
+    raw = asdict(table)
+    del raw["name"]
+    return re.sub(r"\n {4,}|\n {3}(?=})", " ", json.dumps(raw, indent=1)) + "\n"
 
 
 def only(base: TileTable, table_operation: str, tile: Tile) -> TileTable:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from taut.common_kernels.attend import attend, compute_dtype, dequantised, grouped_scores, no_work, visible_keys
+from taut.common_kernels.attend import attend, compute_dtype, grouped_scores, no_work, visible_keys
+from taut.common_kernels.paging import dequantised
 from taut.common_kernels.step import Mask
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ import triton
 from taut.common_kernels.base2 import LOG2E
 from taut.common_kernels.merge.triton_launch import merge_items
 from taut.common_kernels.mla_decode.triton_decode import taut_mla_decode
-from taut.common_kernels.schedule.reference import ScheduleShape, most_items, parts_that_fit
+from taut.common_kernels.schedule.shape import ScheduleShape, most_items, parts_that_fit
 from taut.common_kernels.schedule.triton_launch import launch_options
 from taut.common_kernels.step import PageTable, Step
 from taut.common_kernels.tiles import table_for

@@ -17,13 +17,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from taut.common_kernels.gluon_features import registers_can_move
+from taut.common_kernels.kernels import NoWorkspace
 from taut.common_kernels.merge.triton_launch import merge_items
 from taut.common_kernels.paged_attention import triton_launch
 from taut.common_kernels.paged_attention.hopper_decode import taut_decode
 from taut.common_kernels.paged_attention.hopper_prefill import taut_prefill
 from taut.common_kernels.paged_attention.hopper_ring import COLUMNS_OF_BOX, ELEMENTS_OF_PIECE
 from taut.common_kernels.paged_attention.triton_launch import halves, heads_together, tile_facts
-from taut.common_kernels.reference import NoWorkspace
 from taut.common_kernels.schedule.triton_launch import launch_options
 from taut.common_kernels.tiles import table_for
 from taut.common_kernels.workspace import device_facts

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import triton
 
+from taut.common_kernels.kernels import NoWorkspace
 from taut.common_kernels.merge.triton_launch import merge_items
 from taut.common_kernels.paged_attention.triton_decode import taut_decode
 from taut.common_kernels.paged_attention.triton_prefill import taut_prefill
-from taut.common_kernels.reference import NoWorkspace
-from taut.common_kernels.schedule.reference import ScheduleShape, most_items, parts_that_fit
+from taut.common_kernels.schedule.shape import ScheduleShape, most_items, parts_that_fit
 from taut.common_kernels.schedule.triton_launch import launch_options
 from taut.common_kernels.step import PageTable, Step
 from taut.common_kernels.tiles import table_for

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 
-from taut.common_kernels.schedule.reference import most_items
+from taut.common_kernels.schedule.shape import most_items
 from taut.common_kernels.schedule.triton_items import PART_RECORD, RECORD
 from taut.common_kernels.schedule.triton_schedule import taut_schedule
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from taut.common_kernels.schedule.reference import ScheduleShape
+    from taut.common_kernels.schedule.shape import ScheduleShape
     from taut.common_kernels.step import Step
 
 MOST_AT_ONCE = 1024  # items or parts that the one program handles together
@@ -30,9 +30,9 @@ class DeviceSchedule:
         dependent: whether the device can start a kernel before the one ahead of it has ended (NVIDIA, sm_90+).
 
     Attributes:
-        items: [shape.max_items, 8] int32, see `reference.Item`. As many as `launch` returns are the step's own and
+        items: [shape.max_items, 8] int32, see `schedule.shape.Item`. As many as `launch` returns are the step's own and
             empty ones, where that is less than the parts; later ones may be an earlier step's.
-        parts: [shape.parts, 16] int32: see `reference.Part`, and from the ninth number on the part's first item.
+        parts: [shape.parts, 16] int32: see `schedule.shape.Part`, and from the ninth number on the part's first item.
     """
 
     def __init__(

@@ -36,7 +36,7 @@ def windowed_step(step: Step, translation: Tensor, window: int, made: Step | Non
         made = Step(step.query_starts, step.lengths.new_empty(step.rows), PageTable(table, 1), step.max_query, width)
     table, lengths = made.pages.table, made.lengths
     if table.device.type == "cpu":
-        from taut.common_kernels.windowed_pages.reference import fill
+        from taut.common_kernels.windowed_pages.on_cpu import fill
     else:
         from taut.common_kernels.windowed_pages.triton_launch import fill
     fill(step, translation, window, table, lengths)

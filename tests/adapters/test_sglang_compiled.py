@@ -28,7 +28,7 @@ from taut.common_kernels.paged_attention import hopper_launch as hopper_paged
 from taut.common_kernels.paged_attention import triton_launch as portable_paged
 from taut.common_kernels.schedule import triton_launch as schedule
 from taut.common_kernels.store_kv import triton_launch as store
-from taut.common_kernels.windowed_pages import reference as windowed_on_cpu
+from taut.common_kernels.windowed_pages import on_cpu as windowed_on_cpu
 from taut.common_kernels.windowed_pages import triton_launch as windowed
 from taut.common_kernels.workspace import DeviceFacts
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from triton import knobs
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
 from compile.launches import TARGETS, facts_of
 from taut.benchmarks.models import MODELS
 from taut.benchmarks.tasks import TASKS
 from taut.benchmarks.tuning import measure
-from taut.benchmarks.tuning.measure import Job, compile_tile
+from taut.benchmarks.tuning.measure import compile_tile
 from taut.benchmarks.tuning.problems import questions
-from taut.benchmarks.tuning.space import space_of
+from taut.benchmarks.tuning.space import SPACES
 from taut.benchmarks.tuning.writing import as_json, only
 from taut.common_kernels.paged_attention import hopper_launch
 from taut.common_kernels.tiles import built_in_tables, choose_table
@@ -48,23 +50,23 @@ def asked(provider: str, page: int | None = None) -> list[Tuned]:
 
 def todays(one: Tuned) -> Tile:
     """The tile that the table has."""
-    return space_of(one.table_operation).whole(BASE.tile(one.table_operation, one.facts))
+    return SPACES[one.table_operation].whole(BASE.tile(one.table_operation, one.facts))
 
 
 def largest(one: Tuned) -> Tile:
     """From there number by number the largest that the space has: what would not compile or fit shows here."""
-    space, tile = space_of(one.table_operation), todays(one)
+    space, tile = SPACES[one.table_operation], todays(one)
     for axis, values in space.axes.items():
         bigger = [{**tile, axis: value} for value in values]
         tile = [one_of_them for one_of_them in bigger if space.possible(one_of_them, one.given)][-1]
     return tile
 
 
-def job(one: Tuned, tile: Tile, folder: Path) -> Job:
-    """What `taut tune` would have compiled for a tile, without the batch that it checks."""
+def table_of(one: Tuned, tile: Tile, folder: Path) -> str:
+    """A table that has only this tile."""
     path = folder / f"{len(list(folder.iterdir()))}.json"
     path.write_text(as_json(only(BASE, one.table_operation, tile)))
-    return Job(one.provider, one.operation, one.shapes, str(path), FACTS)
+    return str(path)
 
 
 class Driver:
@@ -97,11 +99,11 @@ def gpu() -> Iterator[None]:
     ids=lambda it: getattr(it, "name", None),
 )
 def test_a_tile_fits_where_there_is_memory_enough(tmp_path: Path, one: Tuned, tile_of: Callable[[Tuned], Tile]) -> None:
-    work = job(one, tile_of(one), tmp_path)
-    outcome = compile_tile(work)
+    table = table_of(one, tile_of(one), tmp_path)
+    outcome = compile_tile(one, table, FACTS)
     assert outcome.status == "timed", outcome.why
     # The same kernels, found in the cache, on a device that has less.
-    misfit = compile_tile(replace(work, facts=replace(FACTS, shared_memory=1024)))
+    misfit = compile_tile(one, table, replace(FACTS, shared_memory=1024))
     assert (misfit.status, "1024 are there" in misfit.why) == ("does not fit", True)
 
 
@@ -110,15 +112,14 @@ def test_what_is_compiled_ahead_is_what_is_launched(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, one: Tuned
 ) -> None:
     """From tensors with memory comes no other kernel than from those without, for the batch of the check neither."""
-    work = job(one, largest(one), tmp_path)
-    work = replace(work, shapes=(*work.shapes, measure.checked_shape(one)))
-    assert compile_tile(work).status == "timed"
+    table = table_of(one, largest(one), tmp_path)
+    assert compile_tile(one, table, FACTS).status == "timed"
     missed: list[str] = []
     monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda **told: missed.append(told["repr"]))
     kernels = measure.kernels_of(one.provider)
-    with measure.compiling_only(one.provider, FACTS):
+    with measure.compiling_only(FACTS):
         for task in (*(TASKS[one.operation](shape, "cpu") for shape in one.shapes), measure.checked_task(one, "cpu")):
-            task.call(kernels, task.workspace(kernels, work.table))()
+            task.call(kernels, task.workspace(kernels, table))()
     assert not missed
 
 
@@ -131,38 +132,30 @@ def test_the_compiler_says_nothing_of_a_tile_that_the_report_does_not(
         print("the whole program")  # noqa: T201
         raise RuntimeError("ptxas failed")
 
-    monkeypatch.setattr(measure.CompileOnly, "__getitem__", lambda _self, _grid: refused)
-    outcome = compile_tile(job(asked("triton")[0], todays(asked("triton")[0]), tmp_path))
+    one = asked("triton")[0]
+    monkeypatch.setattr(JITFunction, "run", refused)
+    outcome = compile_tile(one, table_of(one, todays(one), tmp_path), FACTS)
     assert (outcome.status, "ptxas failed" in outcome.why) == ("failed", True)
     assert capsys.readouterr().out == ""
 
 
 def test_a_tile_that_cannot_be_compiled(tmp_path: Path) -> None:
     one = asked("triton")[0]
-    outcome = compile_tile(job(one, todays(one) | {"keys": 48, "cut": 48}, tmp_path))
+    outcome = compile_tile(one, table_of(one, todays(one) | {"keys": 48, "cut": 48}, tmp_path), FACTS)
     assert outcome.status == "failed"
     assert outcome.why
 
 
-@dataclass
-class Told:
-    """Stands in for `CompileOnly`: what would be compiled and launched is kept, and nothing is compiled.
+class Told(list[Any]):
+    """Stands in for compiling: what would be compiled and launched is kept."""
 
-    Args:
-        kernel: the jitted kernel.
-        shared_memory: of no meaning here.
-    """
+    def stand_in(self) -> Callable[..., Any]:
+        def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> Any:
+            assert warmup
+            self.append((kernel.__name__, grid, [self._plain(argument) for argument in arguments], named))
+            return SimpleNamespace(metadata=SimpleNamespace(shared=0))
 
-    kernel: Any
-    shared_memory: int
-    launches: ClassVar[list[Any]] = []
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def tell(*arguments: Any, **named: Any) -> None:
-            plain = [self._plain(argument) for argument in arguments]
-            self.launches.append((self.kernel.__name__, grid, plain, named))
-
-        return tell
+        return run
 
     @staticmethod
     def _plain(argument: Any) -> Any:
@@ -173,20 +166,21 @@ class Told:
 
 @pytest.mark.parametrize("page", [None, 1, 64, 128])
 @pytest.mark.parametrize("provider", ["triton", "hopper"])
-def test_every_neighbour_is_launched_as_no_other(
+def test_every_tile_is_launched_as_no_other(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, provider: str, page: int | None
 ) -> None:
     """Every number that is tried reaches a kernel of its provider: no two tiles are timed that do the same."""
-    monkeypatch.setattr(measure, "CompileOnly", Told)
     monkeypatch.setattr(hopper_launch, "registers_can_move", lambda: True)
     kernels = {"mla_decode": "taut_mla_decode", "paged_decode": "taut_decode"}
     for one in asked(provider, page):
-        start, space = todays(one), space_of(one.table_operation)
-        launches = []
-        for tile in [start, *space.neighbours(start, one.given)]:
-            monkeypatch.setattr(Told, "launches", [])
-            outcome = compile_tile(job(one, tile, tmp_path))
+        start, space = todays(one), SPACES[one.table_operation]
+        launches: list[Told] = []
+        changed = [other for names in space.changes for other in space.changed(start, names, one.given)]
+        for tile in [start, *changed]:
+            told = Told()
+            monkeypatch.setattr(JITFunction, "run", told.stand_in())
+            outcome = compile_tile(one, table_of(one, tile, tmp_path), FACTS)
             assert outcome.status == "timed", (tile, outcome.why)
-            assert kernels.get(one.operation, "taut_prefill") in {name for name, *_ in Told.launches}
-            assert Told.launches not in launches, tile
-            launches.append(Told.launches)
+            assert kernels.get(one.operation, "taut_prefill") in {name for name, *_ in told}
+            assert told not in launches, tile
+            launches.append(told)

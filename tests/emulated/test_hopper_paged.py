@@ -18,9 +18,9 @@ from strategies import paged_cases
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from taut.common_kernels.kernels import NoWorkspace
 from taut.common_kernels.paged_attention import hopper_launch, triton_launch
 from taut.common_kernels.paged_attention.hopper_decode import max_over_keys, sum_over_keys
-from taut.common_kernels.reference import NoWorkspace
 from taut.common_kernels.step import Mask
 from taut.common_kernels.workspace import DeviceFacts
 

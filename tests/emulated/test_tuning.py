@@ -10,7 +10,7 @@ import pytest
 from taut.benchmarks.models import MODELS
 from taut.benchmarks.tuning import measure
 from taut.benchmarks.tuning.problems import Tuned, questions
-from taut.benchmarks.tuning.space import space_of
+from taut.benchmarks.tuning.space import SPACES
 from taut.common_kernels.tiles import Tile, built_in_tables, choose_table
 from taut.common_kernels.workspace import INTERPRETED
 
@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
     from taut.benchmarks.tasks import Call
 
-# Instructions of which a CPU has none: they change no number.
+# Instructions of which a CPU has none, by what they compute.
 for name in ("worked_out", "anew"):
     gluon_emulator.replace(name, lambda number: number)
+gluon_emulator.replace("rescaled", lambda acc, decay: acc * decay)
 
 BASE = choose_table(built_in_tables(), "sm_90", 232_448)
 ASKED = questions(
@@ -38,7 +39,7 @@ ASKED = questions(
 
 def corners(one: Tuned) -> list[Tile]:
     """From today's tile number by number the least that the space has, and the greatest."""
-    space = space_of(one.table_operation)
+    space = SPACES[one.table_operation]
     found = []
     for end in (0, -1):
         tile = space.whole(BASE.tile(one.table_operation, one.facts))
@@ -59,7 +60,7 @@ def test_tiles_are_right(monkeypatch: pytest.MonkeyPatch, one: Tuned) -> None:
         timed.append(calls[0]())
         return 1.0
 
-    with measure.Session(BASE, INTERPRETED, "cpu", 0, time) as timer_of:
+    with measure.Session(BASE, INTERPRETED, "cpu", 0, time).timers() as timer_of:
         timer = timer_of(one)
         for tile in corners(one):
             with gluon_emulator.seeded(0) as launched:

@@ -25,10 +25,10 @@ What is modelled
 * mbarriers: arrivals, expected and delivered bytes, phases; too many of either, a phase unfinished at the end and a
   partition that waits for ever are errors.
 * TMA and cp.async: the destination is undefined from the issue until the end, which comes at a random time; the source
-  is read at the issue or at the end. Stores likewise.
+  is read at the issue or at the end.
 * Warpgroup products: an asynchronous one reads shared memory at its issue or as late as its wait, and its accumulator
   cannot be read before.
-* Proxies: what has been written by ordinary stores (or cp.async) is read by a product or by TMA only past a
+* Proxies: what has been written by ordinary stores (or cp.async) is read by a product only past a
   fence_async_shared of the writer or of the reader.
 * Programmatic launch: with `launch_pdl` a partition must wait for the kernel ahead (griddepcontrol.wait, its own or of
   the program before its partitions) before it touches global memory or lets the next kernel start.

@@ -80,12 +80,8 @@ def zeros(shape: Sequence[int], dtype: tl.dtype, layout: Any = None) -> Tensor:
     return full(shape, 0, dtype, layout)
 
 
-def full_like(input: Tensor, value: Any, shape: Any = None, dtype: Any = None, layout: Any = None) -> Tensor:  # noqa: A002
-    return full(shape or input.shape, value, dtype or input.dtype, layout or input.layout)
-
-
 def zeros_like(input: Tensor, shape: Any = None, dtype: Any = None, layout: Any = None) -> Tensor:  # noqa: A002
-    return full_like(input, 0, shape, dtype, layout)
+    return zeros(shape or input.shape, dtype or input.dtype, layout or input.layout)
 
 
 def convert_layout(value: Tensor, layout: Any, assert_trivial: bool = False) -> Tensor:
@@ -93,10 +89,6 @@ def convert_layout(value: Tensor, layout: Any, assert_trivial: bool = False) -> 
         raise EmulationError(f"convert_layout of {value!r}")
     check_warps(layout)
     return Tensor(value.data, value.dtype, layout, value.memory)
-
-
-def set_auto_layout(value: Tensor, layout: Any) -> Tensor:
-    return convert_layout(value, layout)
 
 
 def load(
@@ -151,29 +143,21 @@ def _with_mask(pointer: Tensor, mask: Any) -> tuple[tuple[int, ...], Any, Number
     return shape, agree(pointer.layout, mask.layout), mask.data.expand(shape)
 
 
-def _atomic(combine: Callable[[Numbers, Numbers], Numbers]) -> Callable[..., Tensor]:
-    def operation(pointer: Tensor, val: Any, mask: Any = None, sem: Any = None, scope: Any = None) -> Tensor:
-        program().check_waited("an atomic operation")
-        dtype = _pointed_at(pointer)
-        shape, layout, live = _with_mask(pointer, mask)
-        value = to_tensor(val)
-        added = cast(value.data, value.dtype, dtype).expand(shape).flatten()
-        offsets = pointer.data.expand(shape).flatten()
-        before = undefined((len(offsets),), dtype)
-        assert pointer.memory is not None
-        for i in builtins.range(len(offsets)):  # one after the other: several may meet at one address
-            if live is None or live.flatten()[i]:
-                before[i] = pointer.memory.load(offsets[i], dtype)
-                pointer.memory.store(offsets[i], cut(combine(before[i], added[i]), dtype), dtype)
-        return Tensor(before.reshape(shape), dtype, layout)
-
-    return operation
-
-
-atomic_add = _atomic(torch.add)
-atomic_max = _atomic(torch.maximum)
-atomic_min = _atomic(torch.minimum)
-atomic_xchg = _atomic(lambda _, new: new)
+def atomic_add(pointer: Tensor, val: Any, mask: Any = None, sem: Any = None, scope: Any = None) -> Tensor:
+    """Add to the numbers at pointers; what they were before."""
+    program().check_waited("an atomic operation")
+    dtype = _pointed_at(pointer)
+    shape, layout, live = _with_mask(pointer, mask)
+    value = to_tensor(val)
+    added = cast(value.data, value.dtype, dtype).expand(shape).flatten()
+    offsets = pointer.data.expand(shape).flatten()
+    before = undefined((len(offsets),), dtype)
+    assert pointer.memory is not None
+    for i in range(len(offsets)):  # one after the other: several may meet at one address
+        if live is None or live.flatten()[i]:
+            before[i] = pointer.memory.load(offsets[i], dtype)
+            pointer.memory.store(offsets[i], cut(before[i] + added[i], dtype), dtype)
+    return Tensor(before.reshape(shape), dtype, layout)
 
 
 def where(condition: Any, x: Any, y: Any) -> Tensor:
@@ -193,43 +177,18 @@ def where(condition: Any, x: Any, y: Any) -> Tensor:
     return Tensor(torch.where(chosen.data, first, second), dtype, layout)
 
 
-def _unary(function: Callable[[Numbers], Numbers], floats: bool = True) -> Callable[..., Tensor]:
+def _unary(function: Callable[[Numbers], Numbers]) -> Callable[..., Tensor]:
     def operation(x: Any) -> Tensor:
         value = to_tensor(x)
-        if floats and value.dtype not in ROUNDED:
+        if value.dtype not in ROUNDED:
             raise EmulationError(f"a function of floats, not of {value.dtype}")
         return Tensor(cut(function(value.data), value.dtype), value.dtype, value.layout)
 
     return operation
 
 
-exp = _unary(torch.exp)
 exp2 = _unary(torch.exp2)
-log = _unary(torch.log)
 log2 = _unary(torch.log2)
-sqrt = sqrt_rn = _unary(torch.sqrt)
-rsqrt = _unary(torch.rsqrt)
-sin = _unary(torch.sin)
-cos = _unary(torch.cos)
-erf = _unary(torch.erf)
-floor = _unary(torch.floor)
-ceil = _unary(torch.ceil)
-absolute = _unary(torch.abs, floats=False)
-
-
-def fma(x: Any, y: Any, z: Any) -> Tensor:
-    dtype = common_dtype(to_tensor(x), to_tensor(y))
-    first, second, layout = operands(x, y, dtype)
-    third = to_tensor(z)
-    exact = first.to(torch.float64) * second.to(torch.float64) + third.data.to(torch.float64)
-    return Tensor(cast(exact, tl.float64, dtype), dtype, agree(layout, third.layout))
-
-
-def fdiv(x: Any, y: Any, ieee_rounding: bool = False) -> Tensor:
-    return to_tensor(x) / y
-
-
-div_rn = fdiv
 
 
 def _larger(x: Numbers, y: Numbers) -> Numbers:
@@ -248,26 +207,6 @@ def maximum(x: Any, y: Any, propagate_nan: Any = None) -> Tensor:
 def minimum(x: Any, y: Any, propagate_nan: Any = None) -> Tensor:
     """The smaller; of a number and NaN the number."""
     return arithmetic(_smaller, to_tensor(x) if not isinstance(y, Tensor) else x, y)
-
-
-def clamp(x: Any, low: Any, high: Any, propagate_nan: Any = None) -> Tensor:
-    return minimum(maximum(x, low), high)
-
-
-def add(x: Any, y: Any) -> Tensor:
-    return to_tensor(x) + y
-
-
-def sub(x: Any, y: Any) -> Tensor:
-    return to_tensor(x) - y
-
-
-def mul(x: Any, y: Any) -> Tensor:
-    return to_tensor(x) * y
-
-
-def umulhi(x: Any, y: Any) -> Tensor:
-    return arithmetic(lambda a, b: (a.to(torch.int64) * b) >> 32, x, y)
 
 
 def cdiv(x: Any, div: Any) -> Any:
@@ -307,9 +246,6 @@ def _largest(x: Numbers, axis: int) -> Numbers:
 
 
 maximum_of = _reduction(_largest)
-minimum_of = _reduction(lambda x, axis: -_largest(-x, axis))
-xor_sum = _reduction(lambda x, axis: functools.reduce(torch.bitwise_xor, x.unbind(axis)))
-reduce_or = _reduction(lambda x, axis: functools.reduce(torch.bitwise_or, x.unbind(axis)))
 
 
 def sum_of(x: Tensor, axis: int | None = None, keep_dims: bool = False, dtype: Any = None) -> Tensor:
@@ -320,80 +256,12 @@ def sum_of(x: Tensor, axis: int | None = None, keep_dims: bool = False, dtype: A
     return _reduction(lambda numbers, place: numbers.sum(place))(wide, axis, keep_dims)
 
 
-def reduce(input: Any, axis: int | None, combine_fn: Callable[..., Any], keep_dims: bool = False) -> Any:  # noqa: A002
-    """A tree of `combine_fn` along an axis, of one tensor or of several together."""
-    several = isinstance(input, (tuple, list))
-    parts = [_axis(x, axis)[0] for x in (input if several else [input])]
-    axis = 0 if axis is None else axis
-    layout = agree(*(x.layout for x in parts))
-    numbers = [x.data for x in parts]
-    while numbers[0].shape[axis] > 1:
-        halves = [x.chunk(2, axis) for x in numbers]
-        low, high = ([Tensor(h[i], x.dtype, layout) for h, x in zip(halves, parts, strict=True)] for i in (0, 1))
-        combined = combine_fn(*low, *high)
-        numbers = [x.data for x in (combined if isinstance(combined, (tuple, list)) else [combined])]
-    results = tuple(
-        Tensor(n if keep_dims else n.squeeze(axis), x.dtype, layout if keep_dims else _sliced(layout, axis))
-        for n, x in zip(numbers, parts, strict=True)
-    )
-    return results if several else results[0]
-
-
-def cumsum(x: Tensor, axis: int = 0, reverse: bool = False, dtype: Any = None) -> Tensor:
-    numbers = x.data.flip(axis) if reverse else x.data
-    summed = cut(numbers.cumsum(axis), x.dtype)
-    return Tensor(summed.flip(axis) if reverse else summed, x.dtype, x.layout)
-
-
-def join(a: Tensor, b: Tensor) -> Tensor:
-    x, y = a, b
-    agree(x.layout, y.layout)
-    if x.shape != y.shape or x.dtype != y.dtype:
-        raise EmulationError(f"join of {x!r} and {y!r}")
-    return Tensor(torch.stack([x.data, y.data], -1), x.dtype, INFERRED)
-
-
-def split(a: Tensor) -> tuple[Tensor, Tensor]:
-    if a.shape[-1] != 2:
-        raise EmulationError(f"split of {a.shape}: the last dimension is 2")
-    return Tensor(a.data[..., 0], a.dtype, INFERRED), Tensor(a.data[..., 1], a.dtype, INFERRED)
-
-
-def gather(src: Tensor, index: Tensor, axis: int) -> Tensor:
-    return Tensor(src.data.gather(axis, index.data.to(torch.int64)), src.dtype, index.layout)
-
-
-def map_elementwise(function: Callable[..., Any], *args: Any, pack: int = 1) -> Any:
-    """A scalar function of each element."""
-    if pack != 1:
-        raise EmulationError("map_elementwise with pack: not emulated")
-    tensors = [to_tensor(x) for x in args]
-    layout = agree(*(x.layout for x in tensors))
-    shape = torch.broadcast_shapes(*(x.shape for x in tensors))
-    columns = [x.data.expand(shape).flatten() for x in tensors]
-    made = [
-        function(*(Tensor(column[i], x.dtype) for column, x in zip(columns, tensors, strict=True)))
-        for i in builtins.range(len(columns[0]))
-    ]
-    several = isinstance(made[0], tuple)
-    rows = [one if several else (one,) for one in made]
-    results = tuple(
-        Tensor(torch.stack([row[k].data for row in rows]).reshape(shape), rows[0][k].dtype, layout)
-        for k in builtins.range(len(rows[0]))
-    )
-    return results if several else results[0]
-
-
 def program_id(axis: int = 0) -> Tensor:
     return to_tensor(program().place[axis], tl.int32)
 
 
 def num_programs(axis: int = 0) -> Tensor:
     return to_tensor(program().grid[axis], tl.int32)
-
-
-def num_warps() -> int:
-    return program().partition.num_warps
 
 
 def static_range(*bounds: Any) -> range:
@@ -407,19 +275,6 @@ def static_assert(condition: Any, message: str = "") -> None:
         raise EmulationError("static_assert of what is known on the device only")
     if not condition:
         raise EmulationError(f"static_assert: {message}")
-
-
-def device_assert(condition: Any, message: str = "", mask: Any = None) -> None:
-    held = to_tensor(condition).data
-    if mask is not None:
-        held = held | ~to_tensor(mask).data
-    if not held.all():
-        raise EmulationError(f"device_assert: {message}")
-
-
-def assume(condition: Any) -> None:
-    if not to_tensor(condition).data.all():
-        raise EmulationError("gl.assume of what does not hold")
 
 
 def multiple_of(x: Any, values: Any) -> Any:
@@ -443,11 +298,6 @@ def max_contiguous(x: Any, values: Any) -> Any:
             groups = x.data.movedim(axis, -1).unflatten(-1, (-1, size))
             if (groups.diff(dim=-1) != itemsize(x.dtype.element_ty)).any():
                 raise EmulationError(f"elements along axis {axis} that do not lie side by side, {size} at a time")
-    return x
-
-
-def as_is(x: Any, *_: Any) -> Any:
-    """Of a hint that changes nothing."""
     return x
 
 
@@ -488,26 +338,18 @@ def let_next_start() -> Tensor:
 
 # What inline PTX stands for, by a word in it.
 ASSEMBLY: dict[str, Callable[..., Any]] = {
-    "ex2.approx": exp2,
     "griddepcontrol.wait": wait_for_kernel_ahead,
     "griddepcontrol.launch_dependents": let_next_start,
 }
-NO_EFFECT = ("setmaxnreg", "nanosleep", "fence.", "prefetch.")
 
 
 def inline_asm_elementwise(
     asm: str, constraints: str, args: Sequence[Any], dtype: Any, is_pure: bool, pack: int
 ) -> Any:  # fmt: skip
-    """Known instructions; of those whose effect is not emulated, undefined numbers."""
+    """Known instructions."""
     for word, function in ASSEMBLY.items():
         if word in asm:
             return function(*(to_tensor(x) for x in args))
-    if any(word in asm for word in NO_EFFECT):
-        shape = torch.broadcast_shapes(*(to_tensor(x).shape for x in args)) if args else ()
-        layout = agree(*(to_tensor(x).layout for x in args))
-        types = dtype if isinstance(dtype, (tuple, list)) else (dtype,)
-        made = tuple(Tensor(undefined(shape, one), one, layout) for one in types)
-        return made if isinstance(dtype, (tuple, list)) else made[0]
     raise EmulationError(
         f"the emulator does not know this assembly; put it into a @gluon.jit function of its own and"
         f" gluon_emulator.replace it: {asm.strip()}"
@@ -526,15 +368,5 @@ def expand_dims(x: Tensor, axis: int) -> Tensor:
     return x.expand_dims(axis)
 
 
-def broadcast(x: Any, y: Any) -> tuple[Tensor, Tensor]:
-    first, second = to_tensor(x), to_tensor(y)
-    shape = torch.broadcast_shapes(first.shape, second.shape)
-    return first.broadcast_to(shape), second.broadcast_to(shape)
-
-
 def cast_to(x: Any, dtype: tl.dtype, bitcast: bool = False) -> Tensor:
     return to_tensor(x).to(dtype, bitcast=bitcast)
-
-
-def static_print(*_: Any) -> None:
-    """Nothing: it would tell the compiler's own values."""

@@ -52,9 +52,7 @@ class Partition:
         speed: how likely it goes on, beside the others.
         fenced: when it last fenced its ordinary writes.
         products: its warpgroup products, in order, that it has not waited for.
-        copies: its cp.async since the last commit.
-        groups: those committed that it has not waited for.
-        stores: its TMA stores that it has not waited for.
+        copies: its cp.async that it has not asked a barrier to tell of.
         waited: whether the kernel ahead has ended, as far as it knows.
         until: what it waits for, in words `waits_for`; None if for nothing.
         line: where it came last.
@@ -66,8 +64,6 @@ class Partition:
     fenced: int = 0
     products: list[Product] = field(default_factory=list)
     copies: list[Pending] = field(default_factory=list)
-    groups: list[list[Pending]] = field(default_factory=list)
-    stores: list[Pending] = field(default_factory=list)
     waited: bool = False
     until: Callable[[], bool] | None = None
     waits_for: str = ""
@@ -192,8 +188,7 @@ class Program:
     def check_end(self, partition: Partition) -> None:
         """Everything that a partition began has been waited for."""
         left = [f"the product of {product.line}" for product in partition.products]
-        left += [copy.what for group in (*partition.groups, partition.copies) for copy in group]
-        left += [store.what for store in partition.stores]
+        left += [copy.what for copy in partition.copies]
         if left:
             raise EmulationError(f"{partition.name} ends without having waited for: {'; '.join(left)}")
 

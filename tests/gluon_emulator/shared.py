@@ -123,10 +123,6 @@ class SharedMemory:
         return list(self.places.shape)
 
     @property
-    def rank(self) -> int:
-        return self.places.dim()
-
-    @property
     def numel(self) -> int:
         return self.places.numel()
 
@@ -183,9 +179,6 @@ class SharedMemory:
         return SharedMemory(self.allocation, dtype, places + begin // itemsize(dtype), layout, alignment)
 
     _reinterpret = reinterpret
-
-    def _keep_alive(self) -> None:
-        """Nothing ends early here."""
 
     # Ordinary reads and writes.
     def load(self, layout: Any) -> Tensor:
@@ -398,44 +391,6 @@ def tma_load(
     one.turn()
 
 
-def tma_store(tensor_desc: Descriptor, coord: Sequence[Any], src: SharedMemory, cache_policy: Any = None) -> None:
-    """Copy shared memory into a box, some time before `tma_store_wait`."""
-    one = program()
-    one.check_waited("a TMA store")
-    corner = tensor_desc.check(src, coord)
-    src.check_fenced("a TMA store")
-    offsets, inside = tensor_desc.box(corner)
-    early = src.read() if one.random.random() < 0.5 else None
-
-    def end() -> None:
-        numbers = src.read() if early is None else early
-        tensor_desc.memory.store(offsets, numbers, tensor_desc.dtype, inside)
-
-    one.partition.stores.append(one.start("the TMA store", end))
-    one.turn()
-
-
-def tma_store_wait(pendings: int, read_only: bool = True) -> None:
-    """Wait until at most so many of this partition's TMA stores are under way."""
-    one = program()
-    stores = one.partition.stores
-    first = stores[: max(0, len(stores) - pendings)]
-    one.turn(lambda: not any(store in one.pending for store in first), "TMA stores to end")
-    del stores[: len(first)]
-
-
-def make_tensor_descriptor(
-    base: Tensor, shape: Sequence[Any], strides: Sequence[Any], block_shape: Sequence[int], layout: Any,
-    padding_option: str = "zero",
-) -> Descriptor:  # fmt: skip
-    """A TMA descriptor made by the kernel."""
-    if base.memory is None or base.shape:
-        raise EmulationError("a descriptor's base is one pointer")
-    dtype = base.dtype.element_ty
-    sizes = [int(size) for size in block_shape]
-    return Descriptor(base.memory, int(base.data), list(shape), list(strides), sizes, layout, dtype, padding_option)
-
-
 def async_copy(
     smem: SharedMemory, pointer: Tensor, mask: Any = None, cache_modifier: Any = None, eviction_policy: Any = None,
     volatile: bool = False, cache_policy: Any = None,
@@ -465,29 +420,12 @@ def async_copy(
     one.turn()
 
 
-def commit_group() -> None:
-    """Make a group of the cp.async since the last one."""
-    me = program().partition
-    me.groups.append(me.copies)
-    me.copies = []
-    program().turn()
-
-
-def wait_group(num_outstanding: int = 0) -> None:
-    """Wait until at most so many groups of this partition are under way."""
-    one = program()
-    groups = one.partition.groups
-    first = groups[: max(0, len(groups) - num_outstanding)]
-    one.turn(lambda: not any(copy in one.pending for group in first for copy in group), "cp.async groups to end")
-    del groups[: len(first)]
-
-
 def copies_arrive(mbarrier: SharedMemory, increment_count: bool = True) -> None:
     """Every thread of the partition arrives at a barrier when its cp.async so far have ended."""
     one = program()
     barrier = barrier_of(mbarrier)
     me = one.partition
-    before = [copy for group in (*me.groups, me.copies) for copy in group]
+    before = me.copies
     threads = me.num_warps * 32
     if increment_count:
         barrier.left += threads
@@ -505,7 +443,7 @@ def copies_arrive(mbarrier: SharedMemory, increment_count: bool = True) -> None:
         copy.end()
 
     arrival = one.start("the arrival of cp.async", end)
-    me.copies, me.groups = [], []  # the barrier tells of their end
+    me.copies = []  # the barrier tells of their end
     one.turn()
 
 
@@ -708,13 +646,3 @@ def barrier_wait(mbarrier: SharedMemory, phase: Any, pred: Any = True, deps: Seq
     if parity not in (0, 1):
         raise EmulationError(f"a phase is 0 or 1, not {parity}")
     program().turn(lambda: barrier.phase != parity, f"phase {parity} of {barrier.name}")
-
-
-def barrier_invalidate(mbarrier: SharedMemory) -> None:
-    """End a barrier, between two of its phases."""
-    one = program()
-    barrier = barrier_of(mbarrier)
-    barrier.check_end()
-    one.barriers.remove(barrier)
-    del mbarrier.allocation.barriers[int(mbarrier.places.flatten()[0])]
-    one.turn()

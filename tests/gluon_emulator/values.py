@@ -298,9 +298,6 @@ class Tensor:
     def permute(self, *order: Any) -> Tensor:
         return Tensor(self.data.permute(_shape(order)), self.dtype, INFERRED, self.memory)
 
-    def trans(self, *order: Any) -> Tensor:
-        return self.permute(*(_shape(order) or (1, 0)))
-
     def broadcast_to(self, shape: Sequence[int]) -> Tensor:
         if self.shape and len(self.shape) != len(shape):
             raise EmulationError(f"ranks differ: {self.shape} and {list(shape)}")
@@ -319,12 +316,6 @@ class Tensor:
         return Tensor(cast(self.data, self.dtype, dtype), dtype, self.layout)
 
     cast = to
-
-    def logical_and(self, other: Any) -> Tensor:
-        return self.to(tl.int1) & to_tensor(other).to(tl.int1)
-
-    def logical_or(self, other: Any) -> Tensor:
-        return self.to(tl.int1) | to_tensor(other).to(tl.int1)
 
     # Arithmetic.
     def __add__(self, other: Any) -> Tensor:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from taut.common_kernels import portable, reference
-from taut.common_kernels.schedule.reference import Part, ScheduleShape, schedule
+from taut.common_kernels.schedule.reference import schedule
+from taut.common_kernels.schedule.shape import Part, ScheduleShape
 from taut.common_kernels.schedule.triton_launch import DeviceSchedule
 from taut.common_kernels.step import PageTable, Step
 

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taut.common_kernels.schedule.reference import Item, Part, ScheduleShape, most_items, schedule
+from taut.common_kernels.schedule.reference import schedule
+from taut.common_kernels.schedule.shape import Item, Part, ScheduleShape, most_items
 from taut.common_kernels.schedule.triton_launch import DeviceSchedule
 from taut.common_kernels.step import PageTable, Step
 

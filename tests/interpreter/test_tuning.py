@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from triton.runtime.interpreter import InterpretedFunction
 
 from taut.benchmarks.models import MODELS
 from taut.benchmarks.tasks import Task
 from taut.benchmarks.tuning import measure
 from taut.benchmarks.tuning.problems import questions
-from taut.benchmarks.tuning.space import space_of
-from taut.common_kernels.paged_attention import triton_launch
+from taut.benchmarks.tuning.space import SPACES
 from taut.common_kernels.tiles import built_in_tables, choose_table
 from taut.common_kernels.workspace import INTERPRETED
 
@@ -36,37 +36,25 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("one", ASKED, ids=lambda one: one.name)
 def test_tiles_reach_the_kernel_and_are_right(monkeypatch: pytest.MonkeyPatch, one: Any) -> None:
-    space = space_of(one.table_operation)
+    space = SPACES[one.table_operation]
     tile = space.whole(BASE.tile(one.table_operation, one.facts))
     tiles = [tile, {**tile, "keys": 64, **({"cut": 64} if "cut" in tile else {})}]
     seen: list[tuple[str, int]] = []
 
-    class Spy:
-        def __init__(self, name: str, kernel: Any) -> None:
-            self.name, self.kernel = name, kernel
+    run = InterpretedFunction.run
 
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            def launch(*arguments: Any, **named: Any) -> None:
-                seen.append((self.name, named.get("BLOCK_N", named.get("KEYS"))))
-                self.kernel[grid](*arguments, **named)
+    def spy(kernel: Any, *arguments: Any, **named: Any) -> Any:
+        seen.append((kernel.fn.__name__, named.get("BLOCK_N", named.get("KEYS"))))
+        return run(kernel, *arguments, **named)
 
-            return launch
-
-    from taut.common_kernels.mla_decode import triton_launch as mla
-
-    for module, name in (
-        (mla, "taut_mla_decode"),
-        (triton_launch, "taut_decode"),
-        (triton_launch, "taut_prefill"),
-    ):
-        monkeypatch.setattr(module, name, Spy(name, getattr(module, name)))
+    monkeypatch.setattr(InterpretedFunction, "run", spy)
 
     def time(calls: Sequence[Any]) -> float:
         calls[0]()
         return 1.0
 
     kernel = {"mla_decode": "taut_mla_decode", "paged_decode": "taut_decode", "paged_prefill": "taut_prefill"}
-    with measure.Session(BASE, INTERPRETED, "cpu", 0, time) as timer_of:
+    with measure.Session(BASE, INTERPRETED, "cpu", 0, time).timers() as timer_of:
         for wanted, outcome in zip(tiles, timer_of(one)(tiles, None), strict=True):
             assert outcome.status == "timed", outcome.why
             launched = {keys for name, keys in seen if name == kernel[one.table_operation]}

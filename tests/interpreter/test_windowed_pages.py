@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taut.common_kernels.step import PageTable, Step
-from taut.common_kernels.windowed_pages import reference, triton_launch, windowed_step
+from taut.common_kernels.windowed_pages import on_cpu, triton_launch, windowed_step
 
 CONTEXT, SLOTS = 40, 500
 
@@ -33,7 +33,7 @@ def test_the_last_keys_in_slots_of_their_own(rows: list[tuple[int, int]], window
     longest = max(1, *(queries for _, queries in rows))
     step = Step(starts, lengths, PageTable(table, 1, order if named else None), longest, CONTEXT)
     width = min(window + longest, CONTEXT)
-    for fill in (reference.fill, triton_launch.fill):
+    for fill in (on_cpu.fill, triton_launch.fill):
         made, kept = torch.full((len(rows), width), -7, dtype=torch.int32), torch.full((len(rows),), -7).int()
         fill(step, translation, window, made, kept)
         for row, (request, (length, queries)) in enumerate(zip(order.tolist(), rows, strict=True)):

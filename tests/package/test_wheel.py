@@ -37,7 +37,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_source_is_in_the_wheel_and_nothing_else(wheel: Path) -> None:
     inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    patterns = [(folder, pattern) for folder in SOURCES for pattern in ("*.py", "*.json")]
+    patterns = [*((folder, "*.py") for folder in SOURCES), ("configs", "*.json")]
     expected = {
         f"taut/{path.relative_to(ROOT)}" for folder, pattern in patterns for path in (ROOT / folder).rglob(pattern)
     }

@@ -338,7 +338,7 @@ def test_partial_results_by_a_schedule_of_ours() -> None:
     """Of three items one is cut into four parts: four partials, written and read; a prompt's are not counted."""
     import torch
 
-    from taut.common_kernels.schedule.reference import Item, ScheduleShape
+    from taut.common_kernels.schedule.shape import Item, ScheduleShape
     from taut.common_kernels.workspace import ScheduledWorkspace
 
     workspace = ScheduledWorkspace(ScheduleShape(parts=8, max_items=5, tile=16, block=1), 5, 16, 64, "cpu")

@@ -21,7 +21,6 @@ from rich.console import Console
 from taut.benchmarks import BenchmarkError
 from taut.benchmarks.operations import OPERATIONS, describe, floor_us, operation_named, parse_grid
 from taut.benchmarks.results import (
-    PACKAGED,
     About,
     Ceilings,
     EngineResults,
@@ -43,6 +42,8 @@ from taut.cli import main
 if TYPE_CHECKING:
     from taut.benchmarks.tasks import Call
 
+ROOT = Path(__file__).resolve().parents[2]
+KEPT = ROOT / "benchmarks" / "results"
 ABOUT = About(gpu="Some GPU", target="sm_90", date="2026-01-02", packages={"torch": "9.9"})
 CEILINGS = Ceilings(bytes_per_second=4e12, flops_per_second=8e14)
 
@@ -136,7 +137,7 @@ def test_an_operation_that_is_none() -> None:
 def test_the_usual_grid_holds_the_shapes_that_are_kept() -> None:
     """What has been measured once is measured again by the command without a grid."""
     usual = {f"{name} {describe(shape)}" for name, operation in OPERATIONS.items() for shape in operation.shapes()}
-    kept = {one.name for file in PACKAGED.glob("*.json") for one in read(file).rows if isinstance(one, Row)}
+    kept = {one.name for file in KEPT.glob("*.json") for one in read(file).rows if isinstance(one, Row)}
     assert kept <= usual
     assert len(kept) >= 26
 
@@ -202,14 +203,14 @@ def test_traffic_is_that_of_the_tensors() -> None:
 
 
 def measured(time: Any = lambda _call: 7.0, names: tuple[str, ...] = ("merge",), **different: Any) -> list[Row]:
-    from taut.benchmarks.kernels import Bench, Grid
+    from taut.benchmarks.kernels import Bench
 
     def run(call: Call) -> float:
         call()
         return float(time(call))
 
     bench = Bench(**({"device": "cpu", "time": run, "peers_for": lambda _: ()} | different))
-    return list(bench.rows([Grid(OPERATIONS[name], OPERATIONS[name].shapes(SMALL[name])) for name in names]))
+    return [bench.row(OPERATIONS[name], shape) for name in names for shape in OPERATIONS[name].shapes(SMALL[name])]
 
 
 def test_every_operation_runs_and_is_right() -> None:
@@ -239,11 +240,12 @@ def test_peers_beside_ours() -> None:
     def peers(_operation: str) -> list[Peer]:
         return [Peer(f.__name__, "torch", ("merge",), f) for f in (right, wrong, cannot)]
 
-    from taut.benchmarks.kernels import Bench, Grid
+    from taut.benchmarks.kernels import Bench
 
     operation = OPERATIONS["merge"]
     bench = Bench("cpu", lambda _: 3.0, peers)
-    (row,) = bench.rows([Grid(operation, operation.shapes(SMALL["merge"]))])
+    (shape,) = operation.shapes(SMALL["merge"])
+    row = bench.row(operation, shape)
     assert row.us == {"taut": 3.0, "right": 3.0, "wrong": 3.0}
     assert row.errors["right"] == 0.0
     assert row.errors["wrong"] > 0.5
@@ -290,8 +292,8 @@ def test_what_is_written_can_be_read(tmp_path: Path, results: Any) -> None:
     assert json.loads(as_json(results))["schema"] == 1
 
 
-def test_the_files_of_the_package_can_be_read() -> None:
-    files = sorted(PACKAGED.glob("*.json"))
+def test_the_files_that_are_kept_can_be_read() -> None:
+    files = sorted(KEPT.glob("*.json"))
     assert len(files) >= 4
     assert {read(file).kind for file in files} == {"kernels", "engines"}
 
@@ -388,7 +390,7 @@ def test_tables() -> None:
 
 
 def test_numbers_are_never_cut() -> None:
-    for file in PACKAGED.glob("*decode.json"):
+    for file in KEPT.glob("*decode.json"):
         shown = text(read(file), 90)
         assert "…" not in shown
         for one in read(file).rows:
@@ -400,7 +402,7 @@ def test_pictures(tmp_path: Path, form: str, starts: bytes) -> None:
     pytest.importorskip("matplotlib", reason="pictures need it")
     from taut.benchmarks.plots import draw
 
-    results = [read(file) for file in sorted(PACKAGED.glob("*.json"))]
+    results = [read(file) for file in sorted(KEPT.glob("*.json"))]
     files = draw(results, tmp_path / "deep" / "er", form)
     assert [file.name for file in files] == [f"{name}.{form}" for name in ("roofline", "latency", "speedup", "engines")]
     contents = [file.read_bytes() for file in files]
@@ -463,9 +465,6 @@ def test_a_dry_run_needs_no_torch() -> None:
         (("engines", "vllm", "llama", "taut", "taut"), "--rounds 2"),
         (("engines", "vllm", "llama", "--options", "[1]"), "must be a JSON object"),
         (("engines", "vllm", "llama", "--options", "{"), "is not JSON"),
-        (("all", "results", "--engine", "vlm"), "there are vllm, sglang"),
-        (("all", "results", "--engine", "sglang"), "is not installed here"),
-        (("all", "results"), "finds none here"),
     ],
 )
 def test_a_users_mistake_is_one_line(
@@ -487,7 +486,7 @@ def test_a_users_mistake_is_one_line(
 
 
 def test_every_command_has_an_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("kernels", "engines", "all", "show", "compare", "plot"):
+    for name in ("kernels", "engines", "show", "compare", "plot"):
         status, out, _ = stopped(monkeypatch, capsys, "bench", name, "--help")
         assert status == 0
         assert f"taut bench {name}" in " ".join(out.split())
@@ -496,63 +495,38 @@ def test_every_command_has_an_example(monkeypatch: pytest.MonkeyPatch, capsys: p
 # Everything
 
 
-def test_everything_is_what_is_published(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The backends and the loads of the files that come with the package are among those that one command measures."""
-    from taut.benchmarks import published
+def published(folder: Path, *engines: str, taut: str = "echo taut") -> subprocess.CompletedProcess[str]:
+    """What tools/measure_published.sh would call."""
+    command = ["sh", str(ROOT / "tools" / "measure_published.sh"), str(folder), *engines]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TAUT": taut}, check=False)
 
-    monkeypatch.setattr(published, "find_spec", lambda _name: True)
-    asked = {part.name: part.arguments for part in published.parts([], 3, 1)}
-    assert list(asked)[-1] == "kernels"
-    for file in PACKAGED.glob("*.json"):
+
+def test_everything_is_what_is_published(tmp_path: Path) -> None:
+    """The backends of the files that are kept are among those that one command measures."""
+    done = published(tmp_path, "vllm", "sglang")
+    calls = [line.split() for line in done.stdout.splitlines()]
+    assert (done.returncode, calls[-1]) == (0, ["taut", "bench", "kernels", "-o", f"{tmp_path}/kernels.json"])
+    asked = {(call[3], call[4]): set(call[5 : call.index("-o")]) for call in calls[:-1]}
+    for file in KEPT.glob("*.json"):
         results = read(file)
         if isinstance(results, EngineResults):
             (where,) = {(one.engine, one.model) for one in results.rows}
-            assert {one.backend for one in results.rows} <= set(asked["_".join(where)])
+            assert {one.backend for one in results.rows} <= asked[where]
 
 
-@pytest.mark.parametrize("interrupted", [False, True])
-def test_everything_goes_on_where_it_was(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, interrupted: bool
-) -> None:
+def test_everything_goes_on_where_it_was(tmp_path: Path) -> None:
     """One part is there already, one fails, and the rest are measured all the same."""
-    from taut.benchmarks import published
-
-    monkeypatch.setattr(published, "find_spec", lambda name: True if name == "vllm" else None)
-    monkeypatch.setattr("taut.cli.bench._on_gpu", lambda: True)
-    measured = []
-
-    def measure(part: published.Part, folder: Path) -> int:
-        measured.append(part.name)
-        if interrupted:
-            raise KeyboardInterrupt
-        return int(part.name == "vllm_deepseek")
-
-    monkeypatch.setattr(published, "measure", measure)
     (tmp_path / "vllm_llama.json").write_text("{}")
-    status, out, err = stopped(monkeypatch, capsys, "bench", "all", str(tmp_path))
-    assert out == ""
-    if interrupted:
-        assert (status, measured) == (130, ["vllm_deepseek"])
-    else:
-        assert (status, measured) == (1, ["vllm_deepseek", "kernels"])
-        assert "vllm_llama.json is there already" in err
-        assert "failed: vllm_deepseek" in err
-
-
-def test_an_interruption_reaches_what_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from taut.benchmarks import published
-
-    mark = f"taut-test-{os.getpid()}-all"
-    waits = "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler); print(flush=True); "
-    monkeypatch.setattr(published, "TAUT", f"{waits} time.sleep(60)")
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 1)
-        with pytest.raises(KeyboardInterrupt):
-            published.measure(published.Part(mark, ()), tmp_path)
-    finally:
-        signal.signal(signal.SIGALRM, before)
-    assert alive(mark) == []
+    fails = tmp_path / "taut"
+    fails.write_text('#!/bin/sh\necho "$@"\ncase "$*" in *deepseek*) exit 1;; esac\n')
+    fails.chmod(0o755)
+    done = published(tmp_path, "vllm", taut=str(fails))
+    assert done.returncode == 1
+    assert [line.split()[:3] for line in done.stdout.splitlines()] == [
+        ["bench", "engines", "vllm"], ["bench", "kernels", "-o"],
+    ]  # fmt: skip
+    assert "vllm_llama.json is there already" in done.stderr
+    assert done.stderr.splitlines()[-1] == "failed: vllm_deepseek"
 
 
 # Engines

@@ -14,7 +14,7 @@ import pytest
 
 from taut.adapters.engine import Selection
 from taut.adapters.sglang import selection as sglang_selection
-from taut.common_kernels import providers
+from taut.common_kernels import registry
 from taut.common_kernels.providers import ProviderError, default_registry
 from taut.engine_plugins import hooks, sglang_plugin, vllm_plugin
 from taut.engine_plugins.settings import Settings, SettingsError, settings, variable
@@ -29,7 +29,7 @@ def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in Settings.model_fields:
         monkeypatch.delenv(variable(name), raising=False)
     settings.cache_clear()
-    monkeypatch.setattr(providers, "_registry", default_registry([]))
+    monkeypatch.setattr(registry, "_registry", default_registry([]))
     log = logging.getLogger("taut")
     before = log.handlers[:], log.level, log.propagate
     log.handlers.clear()

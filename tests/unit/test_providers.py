@@ -14,6 +14,8 @@ import pluggy
 import pytest
 
 from taut.common_kernels import builtin, gluon_features
+from taut.common_kernels import registry as registry_module
+from taut.common_kernels.kernels import CONTRACT
 from taut.common_kernels.problem import OPERATIONS, Capability, Problem
 from taut.common_kernels.providers import (
     GROUP,
@@ -449,6 +451,46 @@ def test_an_entry_point_that_fails_is_loud_and_remembered(folder: Path, source: 
     # One that brings a provider of another name is found by the list of what failed.
     with pytest.raises(ProviderError, match="did not load: bad"):
         registry.choose(PROBLEM, "another")
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "advice"),
+    [
+        (3, ", contract=2", "install a release of its package for version 3"),
+        (3, "", "install a release of its package for version 3"),  # whoever says nothing wrote for the first
+        (3, ", contract=4", "update taut-attention, or install a release of its package for version 3"),
+    ],
+    ids=["older", "silent", "newer"],
+)
+def test_a_provider_for_another_version_of_the_contract_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, ours: int, theirs: str, advice: str
+) -> None:
+    """By the first look at it: nothing of its kernels is imported, and others serve."""
+    monkeypatch.setattr(registry_module, "CONTRACT", ours)
+    monkeypatch.setattr(builtin, "TRITON", replace(builtin.TRITON, contract=ours))
+    monkeypatch.setattr(builtin, "HOPPER", replace(builtin.HOPPER, contract=ours))
+    monkeypatch.setattr(builtin, "REFERENCE", replace(builtin.REFERENCE, contract=ours))
+    source = GOOD.replace('lambda: "kernels")', f"lambda: 1 / 0{theirs})")
+    with logged() as records:
+        registry = default_registry([entry_point(folder, "good", source)])
+        assert registry.choose(PROBLEM).provider.name == "reference"
+    version = theirs.removeprefix(", contract=") or "1"
+    sentence = (
+        f"the provider 'good' was written for version {version} of the kernels' contract, this taut-attention has "
+        f"version {ours}: {advice}"
+    )
+    assert registry.failures == {"good": sentence}
+    (line,) = records.lines(logging.ERROR)
+    assert sentence in line
+    with pytest.raises(ProviderError, match="TAUT_KERNELS=good") as error:
+        registry.choose(PROBLEM, "good")
+    assert sentence in str(error.value)
+
+
+def test_the_built_in_providers_are_for_this_version_of_the_contract() -> None:
+    """They say so themselves: a provider that says nothing was written for the first version."""
+    assert {p.contract for p in (builtin.REFERENCE, builtin.TRITON, builtin.HOPPER)} == {CONTRACT}
+    assert provider("silent").contract == 1
 
 
 @pytest.mark.parametrize("name", ["taut", "good"])

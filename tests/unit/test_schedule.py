@@ -6,17 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taut.common_kernels.schedule.reference import (
-    IDLE,
-    Schedule,
-    ScheduleShape,
-    active_parts,
-    most_items,
-    most_partials,
-    parts_that_fit,
-    schedule,
-    tiles_of,
-)
+from taut.common_kernels.schedule.reference import IDLE, Schedule, active_parts, schedule, tiles_of
+from taut.common_kernels.schedule.shape import ScheduleShape, most_items, most_partials, parts_that_fit
 
 ROWS = st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 9)), max_size=40)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taut.common_kernels.schedule.reference import most_items, parts_that_fit
-from taut.common_kernels.scratch import Scratch, scratch_bytes
+from taut.common_kernels.schedule.shape import most_items, parts_that_fit
+from taut.common_kernels.scratch import Scratch
 
 
 def mla_scratch(heads: int, rows: int, multiprocessors: int = 132) -> int:
@@ -15,7 +14,7 @@ def mla_scratch(heads: int, rows: int, multiprocessors: int = 132) -> int:
     tile = 64 if heads > 16 else 16
     head_blocks = -(-heads // tile)
     parts = parts_that_fit(multiprocessors, 1, head_blocks)
-    return scratch_bytes(parts, most_items(rows, rows, 1, 1), head_blocks * tile, 512)
+    return Scratch(parts, most_items(rows, rows, 1, 1), head_blocks * tile, 512, "meta").size_in_bytes
 
 
 def test_does_not_grow_with_the_context_or_much_with_the_rows() -> None:
@@ -40,10 +39,9 @@ def test_32_bits_are_enough_for_its_offsets(
     pack = min(group, tile_rows)
     parts = parts_that_fit(multiprocessors, programs, kv_heads * -(-group // pack))
     rows = tile_rows // pack * kv_heads * group  # queries of an item times heads
-    assert scratch_bytes(parts, items, rows, 256) < 2**31
+    assert Scratch(parts, items, rows, 256, "meta").size_in_bytes < 2**31
 
 
 def test_tells_what_is_allocated() -> None:
-    pytest.importorskip("torch")
     scratch = Scratch(parts=5, items=3, rows=16, value_size=8, device="cpu")
-    assert scratch.size_in_bytes == scratch_bytes(5, 3, 16, 8)
+    assert scratch.size_in_bytes == 7 * 16 * (8 + 1) * 4  # seven partials, each row with its LSE, in float32

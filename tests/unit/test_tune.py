@@ -1,35 +1,36 @@
-"""`taut tune`, all but its times: questions, spaces, the search with a made-up timer, journal, table, command."""
+"""`taut tune`, all but its times: questions, spaces, the search with a made-up timer, table, command."""
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import subprocess
 import sys
-import tempfile
+from contextlib import contextmanager
 from itertools import product
-from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
 from taut.benchmarks import BenchmarkError
 from taut.benchmarks.models import MODELS
-from taut.benchmarks.tuning.journal import Journal
+from taut.benchmarks.results import About
 from taut.benchmarks.tuning.problems import questions
-from taut.benchmarks.tuning.search import SLOWER, Found, Outcome, SearchError, score, search, settle
-from taut.benchmarks.tuning.space import SPACES, Space, space_of
+from taut.benchmarks.tuning.search import SLOWER, Outcome, score, search
+from taut.benchmarks.tuning.space import SPACES, Space
 from taut.benchmarks.tuning.writing import as_json, tuned_table
 from taut.cli import main, tune
 from taut.common_kernels.tiles import built_in_tables, choose_table, read_table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
+    from taut.benchmarks.tuning.search import Found
     from taut.common_kernels.tiles import Tile
 
 BASE = choose_table(built_in_tables(), "sm_90", 232_448)
@@ -43,13 +44,12 @@ TILES = [dict(zip(SMALL.axes, numbers, strict=True)) for numbers in product(*SMA
 class Timer:
     """A made-up timer: microseconds from a function of the tile; counts what it was asked."""
 
-    def __init__(self, us: Callable[[Tile], Sequence[float]], *, stops_after: int | None = None) -> None:
-        self.us, self.stops_after, self.asked = us, stops_after, []  # type: ignore[var-annotated]
+    def __init__(self, us: Callable[[Tile], Sequence[float]]) -> None:
+        self.us: Callable[[Tile], Sequence[float]] = us
+        self.asked: list[Tile] = []
 
     def __call__(self, tiles: Sequence[Tile], limits: Sequence[float] | None) -> Iterator[Outcome]:
         for tile in tiles:
-            if self.stops_after is not None and len(self.asked) >= self.stops_after:
-                raise KeyboardInterrupt
             self.asked.append(dict(tile))
             yield self.outcome(tile, limits)
 
@@ -143,19 +143,24 @@ def test_a_latent_of_another_size_is_refused() -> None:
 # Spaces
 
 
+def all_changed(space: Space, tile: Tile, given: Mapping[str, int]) -> list[Tile]:
+    """What the search tries from a tile, if none of it is better."""
+    return [other for names in space.changes for other in space.changed(tile, names, given)]
+
+
 @pytest.mark.parametrize("one", [*ASKED, *OF_HOPPER], ids=lambda one: one.name)
 def test_todays_tiles_lie_in_their_space(one: Any) -> None:
-    space = space_of(one.table_operation)
+    space = SPACES[one.table_operation]
     tile = space.whole(BASE.tile(one.table_operation, one.facts))
     assert all(tile[axis] in values for axis, values in space.axes.items())
     assert space.possible(tile, one.given)
-    neighbours = space.neighbours(tile, one.given)
-    assert 5 <= len(neighbours) <= 60
-    assert tile not in neighbours
-    assert len({tuple(sorted(neighbour.items())) for neighbour in neighbours}) == len(neighbours)
-    assert all(set(neighbour) == set(tile) for neighbour in neighbours)
+    changed = all_changed(space, tile, one.given)
+    assert 5 <= len(changed) <= 60
+    assert tile not in changed
+    assert len({tuple(sorted(other.items())) for other in changed}) == len(changed)
+    assert all(set(other) == set(tile) for other in changed)
     most = max(map(len, space.coupled))
-    assert all(sum(neighbour[axis] != tile[axis] for axis in tile) <= most for neighbour in neighbours)
+    assert all(sum(other[axis] != tile[axis] for axis in tile) <= most for other in changed)
 
 
 def all_that_may_be_asked() -> Iterator[Any]:
@@ -175,10 +180,10 @@ def test_tiles_of_hopper_keep_to_what_its_kernels_take() -> None:
     """Slots of many rows are two, no part begins amid a box of any page size, and what fills no memory is not tried."""
     seen = set()
     for one in all_that_may_be_asked():
-        space = space_of(one.table_operation)
+        space = SPACES[one.table_operation]
         start = space.whole(BASE.tile(one.table_operation, one.facts))
         assert space.possible(start, one.given), (one.name, start)
-        for tile in space.neighbours(start, one.given):
+        for tile in all_changed(space, start, one.given):
             seen.add(one.table_operation)
             if one.operation == "mla_decode":
                 assert (tile["keys"], tile["stages"], tile["programs"]) == (64, 2, 1)
@@ -189,14 +194,6 @@ def test_tiles_of_hopper_keep_to_what_its_kernels_take() -> None:
             slots = tile["stages"] * tile["keys"] * one.facts.get("key_bytes", 1152) * tile.get("programs", 1)
             assert slots <= 232_448
     assert seen == {"hopper_mla_decode", "hopper_paged_decode", "hopper_paged_prefill"}
-
-
-def test_what_needs_more_than_what_does_not_fit() -> None:
-    space = SPACES["paged_prefill"]
-    tile = {"rows": 64, "keys": 64, "pack": 1, "warps": 4, "stages": 2}
-    assert space.needs_more({**tile, "stages": 3, "keys": 128}, tile)
-    assert not space.needs_more({**tile, "stages": 3, "keys": 32}, tile)
-    assert not space.needs_more({**tile, "stages": 3, "warps": 8}, tile)
 
 
 # The search
@@ -211,18 +208,18 @@ def test_on_a_landscape_of_single_costs_it_finds_the_best(costs: list[float], st
     def us(tile: Tile) -> list[float]:
         return [sum(cost[place] for place in tile.items())]
 
-    found = search(SMALL, {}, start, Timer(us))
+    found = search(SMALL, {}, start, Timer(us), 100)
     best = min(us(tile)[0] for tile in TILES)
-    assert found.complete
+    assert not found.cut_short
     assert us(found.best)[0] <= best * (1 + 0.005 * 4)  # each step must gain half a percent
     assert found.after.us[0] <= found.before.us[0]
 
 
 def test_all_alike_stays_as_it_is() -> None:
     timer = Timer(lambda _tile: [5.0, 7.0])
-    found = search(SMALL, {}, TILES[7], timer)
-    assert (found.best, found.gain, found.complete) == (TILES[7], 1.0, True)
-    assert len(timer.asked) == 1 + len(SMALL.neighbours(TILES[7], {}))
+    found = search(SMALL, {}, TILES[7], timer, 100)
+    assert (found.best, found.gain, found.cut_short) == (TILES[7], 1.0, "")
+    assert len(timer.asked) == 1 + len(all_changed(SMALL, TILES[7], {}))
 
 
 landscapes = st.lists(st.tuples(st.floats(1, 100), st.floats(1, 100)), min_size=len(TILES), max_size=len(TILES))
@@ -235,7 +232,7 @@ def rugged(numbers: list[tuple[float, float]]) -> Callable[[Tile], tuple[float, 
 @given(landscapes, st.sampled_from(TILES))
 def test_never_slower_on_any_shape_and_never_measured_twice(numbers: list[tuple[float, float]], start: Tile) -> None:
     timer = Timer(rugged(numbers))
-    found = search(SMALL, {}, start, timer)
+    found = search(SMALL, {}, start, timer, 100)
     before, after = rugged(numbers)(start), rugged(numbers)(found.best)
     assert all(mine <= its * (1 + SLOWER) for mine, its in zip(after, before, strict=True))
     assert score(found.after, found.before) <= 1
@@ -251,12 +248,11 @@ def test_it_is_cut_short(numbers: list[tuple[float, float]], most: int) -> None:
     assert len(timer.asked) <= most
     assert found.best == TILES[0] or found.gain > 1
     assert search(SMALL, {}, TILES[0], Timer(rugged(numbers)), 1).best == TILES[0]
-    assert not search(SMALL, {}, TILES[0], Timer(rugged(numbers)), 1).complete
+    assert search(SMALL, {}, TILES[0], Timer(rugged(numbers)), 1).cut_short == "--most allows more"
 
 
-def test_what_needs_more_than_a_misfit_is_not_tried() -> None:
-    """(16, 3) does not fit, so that (32, 3) is never compiled; (32, 2) is, since nothing is known of it."""
-    space = Space({"keys": (16, 32, 64), "stages": (1, 2, 3)}, (), lambda _tile, _facts: True)
+def test_what_does_not_fit_is_counted_and_never_chosen() -> None:
+    space = Space({"keys": (16, 32, 64), "stages": (1, 2, 3)}, (("keys", "stages"),), lambda _tile, _facts: True)
 
     class Small(Timer):
         def outcome(self, tile: Tile, limits: Sequence[float] | None) -> Outcome:
@@ -265,11 +261,46 @@ def test_what_needs_more_than_a_misfit_is_not_tried() -> None:
             return super().outcome(tile, limits)
 
     timer = Small(lambda tile: [100.0 - tile["keys"]])
-    found = search(space, {}, {"keys": 16, "stages": 1}, timer)
+    found = search(space, {}, {"keys": 16, "stages": 1}, timer, 100)
     assert found.best == {"keys": 32, "stages": 1}
     tried = [(tile["keys"], tile["stages"]) for tile in timer.asked]
-    assert tried == [(16, 1), (32, 1), (64, 1), (16, 2), (16, 3), (32, 2)]
-    assert found.counts == {"timed": 3, "does not fit": 3}
+    assert tried == [(16, 1), (32, 1), (64, 1), (32, 2), (32, 3), (16, 2), (16, 3), (64, 2), (64, 3)]
+    assert found.counts == {"timed": 3, "does not fit": 6}
+
+
+def test_numbers_that_trade_one_resource_are_changed_together() -> None:
+    """More keys are better, but only so many of them fit: they are reached with fewer stages."""
+    space = Space({"keys": (32, 64), "stages": (2, 4)}, (("keys", "stages"),), lambda _tile, _facts: True)
+
+    class Small(Timer):
+        def outcome(self, tile: Tile, limits: Sequence[float] | None) -> Outcome:
+            if tile["keys"] * tile["stages"] > 128:
+                return Outcome("does not fit", why="too large")
+            return super().outcome(tile, limits)
+
+    timer = Small(lambda tile: [{(32, 4): 10.0, (32, 2): 12.0, (64, 2): 9.0}[tile["keys"], tile["stages"]]])
+    assert search(space, {}, {"keys": 32, "stages": 4}, timer, 100).best == {"keys": 64, "stages": 2}
+
+
+def test_a_gpu_that_takes_no_more_work_ends_the_search() -> None:
+    """What was best until then is kept, and it is said after which tile."""
+
+    class Crashes(Timer):
+        def __call__(self, tiles: Sequence[Tile], limits: Sequence[float] | None) -> Iterator[Outcome]:
+            for tile in tiles:
+                if any(before["a"] > 3 for before in self.asked):
+                    return
+                yield from super().__call__([tile], limits)
+
+        def outcome(self, tile: Tile, limits: Sequence[float] | None) -> Outcome:
+            return Outcome("failed", why="an illegal instruction") if tile["a"] > 3 else super().outcome(tile, limits)
+
+    found = search(SMALL, {}, {"a": 1, "b": 1, "keys": 16}, Crashes(lambda tile: [10.0 - tile["a"] - tile["b"]]), 100)
+    assert found.best == {"a": 3, "b": 1, "keys": 16}
+    assert found.counts == {"timed": 3, "failed": 1}
+    assert found.cut_short == (
+        "the GPU took no more work after {'a': 4, 'b': 1, 'keys': 16} failed: an illegal instruction"
+    )
 
 
 def test_slower_on_one_shape_cannot_be_chosen() -> None:
@@ -285,7 +316,7 @@ def test_wrong_numbers_are_never_chosen() -> None:
         def outcome(self, tile: Tile, limits: Sequence[float] | None) -> Outcome:
             return Outcome("wrong", why="nan") if tile["a"] == 4 else super().outcome(tile, limits)
 
-    assert search(SMALL, {}, TILES[0], Wrong(lambda tile: [10.0 - tile["a"]])).best["a"] == 3
+    assert search(SMALL, {}, TILES[0], Wrong(lambda tile: [10.0 - tile["a"]]), 100).best["a"] == 3
 
 
 def test_todays_tile_must_work() -> None:
@@ -293,92 +324,8 @@ def test_todays_tile_must_work() -> None:
         def outcome(self, *_: Any) -> Outcome:
             return Outcome("wrong", why="relative error 0.5")
 
-    with pytest.raises(SearchError, match=r"own tile .* wrong: relative error 0.5"):
-        search(SMALL, {}, TILES[0], Broken(lambda _tile: [1.0]))
-
-
-# The choice once more
-
-
-def found_by_luck(lucky: dict[int, float], *finalists: int) -> Found:
-    """What a search found whose times of some tiles were too good; all others take 10 us."""
-    found = search(SMALL, {}, TILES[0], Timer(lambda tile: [lucky.get(TILES.index(dict(tile)), 10.0), 10.0]))
-    assert [TILES.index(dict(tile)) for tile in found.finalists] == list(finalists)
-    return found
-
-
-def test_what_was_only_lucky_is_not_chosen() -> None:
-    first, second = (TILES.index(dict(tile)) for tile in SMALL.neighbours(TILES[0], {})[:2])
-    found = found_by_luck({first: 8.0, second: 9.0}, first, second)
-    assert found.best == TILES[first]
-    all_alike = settle(found, lambda _turn: Timer(lambda _tile: [10.0, 10.0]))
-    assert (all_alike.best, all_alike.gain) == (TILES[0], 1.0)
-    second_is_better = settle(found, lambda _turn: Timer(lambda tile: [9.0 if tile == TILES[second] else 10.0, 10.0]))
-    assert (second_is_better.best, second_is_better.after.us) == (TILES[second], (9.0, 10.0))
-    slower_on_one = settle(found, lambda _turn: Timer(lambda tile: [8.0, 10.0 if tile == TILES[0] else 10.2]))
-    assert slower_on_one.best == TILES[0]
-
-
-def test_the_median_of_the_turns_decides() -> None:
-    first = TILES.index(dict(SMALL.neighbours(TILES[0], {})[0]))
-    found = found_by_luck({first: 8.0}, first)
-    numbers = iter([[9.0, 10.0], [30.0, 10.0], [9.1, 10.0]])
-
-    def fresh(_turn: int) -> Timer:
-        mine = next(numbers)
-        return Timer(lambda tile: mine if tile == TILES[first] else [10.0, 10.0])
-
-    settled = settle(found, fresh)
-    assert (settled.best, settled.before.us, settled.after.us) == (TILES[first], (10.0, 10.0), (9.1, 10.0))
-
-
-@given(landscapes, st.sampled_from(TILES))
-def test_without_noise_the_choice_is_that_of_the_search(numbers: list[tuple[float, float]], start: Tile) -> None:
-    found = search(SMALL, {}, start, Timer(rugged(numbers)))
-    settled = settle(found, lambda _turn: Timer(rugged(numbers)))
-    assert score(settled.after, settled.before) <= score(found.after, found.before)
-    assert settled.before == found.before
-
-
-# The journal
-
-
-def journalled(path: Path, timer: Timer) -> Any:
-    journal = Journal(path, {"gpu": "it"})
-    found = search(SMALL, {}, TILES[0], journal.kept("question", timer))
-    return settle(found, lambda turn: journal.kept(f"again, {turn}", timer))
-
-
-@settings(max_examples=40, deadline=None)
-@given(landscapes, st.lists(st.integers(0, 12), max_size=4), st.integers(0, 10**6))
-def test_interrupted_anywhere_it_ends_the_same(numbers: list[tuple[float, float]], stops: list[int], torn: int) -> None:
-    """Any number of interruptions, each after some tiles, the file cut off anywhere: the same end, nothing twice."""
-    in_one_go = Timer(rugged(numbers))
-    whole = settle(search(SMALL, {}, TILES[0], in_one_go), lambda _turn: in_one_go)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "journal")
-        for stop in stops:
-            with contextlib.suppress(KeyboardInterrupt):
-                journalled(path, Timer(rugged(numbers), stops_after=stop))
-            content = path.read_bytes()
-            path.write_bytes(content[: max(1, len(content) - torn % 200)])
-        lines = path.read_bytes().count(b"\n") if path.exists() else 0
-        last = Timer(rugged(numbers))
-        assert journalled(path, last) == whole
-        assert len(last.asked) == len(in_one_go.asked) - max(0, lines - 1)
-        again = Timer(rugged(numbers))
-        assert journalled(path, again) == whole
-        assert again.asked == []
-
-
-def test_a_journal_of_other_circumstances(tmp_path: Path) -> None:
-    path = tmp_path / "journal"
-    Journal(path, {"gpu": "one", "most": 80})
-    with pytest.raises(BenchmarkError, match=r"begun with gpu one, which is now two: .* --fresh"):
-        Journal(path, {"gpu": "two", "most": 80})
-    path.write_text("once upon a time\n")
-    with pytest.raises(BenchmarkError, match="is no journal"):
-        Journal(path, {})
+    with pytest.raises(BenchmarkError, match=r"own tile .* wrong: relative error 0.5"):
+        search(SMALL, {}, TILES[0], Broken(lambda _tile: [1.0]), 100)
 
 
 # The table
@@ -412,14 +359,18 @@ def test_tables_are_written_as_they_are_read(tmp_path: Path) -> None:
 # The timer, with a made-up clock
 
 
-def session(time: Any, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+@contextmanager
+def timers(time: Any, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Those of a provider `triton` that has these kernels."""
     from taut.benchmarks.tuning import measure
     from taut.common_kernels.workspace import INTERPRETED
 
-    monkeypatch.setattr(measure, "kernels_of", lambda _provider: kernels)
+    named = measure.kernels_of
+    monkeypatch.setattr(measure, "kernels_of", lambda name: kernels if name == "triton" else named(name))
     monkeypatch.setattr(measure, "CHECKED_LENGTHS", (0, 1, 17, 40))
     monkeypatch.setattr(measure, "CHECKED_TOKENS", 50)
-    return measure.Session(BASE, INTERPRETED, "cpu", 0, time)
+    with measure.Session(BASE, INTERPRETED, "cpu", 0, time).timers() as timer_of:
+        yield timer_of
 
 
 TINY = {
@@ -438,9 +389,8 @@ def test_a_tile_is_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     from taut.common_kernels import reference
 
     for one in tiny_questions():
-        space = space_of(one.table_operation)
-        tile = space.whole(BASE.tile(one.table_operation, one.facts))
-        with session(lambda calls: (len(calls), calls[0]())[0] * 4.0, reference, monkeypatch) as timer_of:
+        tile = SPACES[one.table_operation].whole(BASE.tile(one.table_operation, one.facts))
+        with timers(lambda calls: (len(calls), calls[0]())[0] * 4.0, reference, monkeypatch) as timer_of:
             (outcome,) = timer_of(one)([tile], None)
             assert outcome == Outcome("timed", (4.0,) * len(one.shapes))
             assert list(timer_of(one)([tile, tile], [9.0] * len(one.shapes))) == [outcome] * 2
@@ -448,8 +398,6 @@ def test_a_tile_is_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_wrong_numbers_and_failures_are_outcomes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from types import SimpleNamespace
-
     from taut.common_kernels import reference
 
     def bad(*arguments: Any, **named: Any) -> None:
@@ -460,10 +408,10 @@ def test_wrong_numbers_and_failures_are_outcomes(monkeypatch: pytest.MonkeyPatch
         raise RuntimeError("a tile too far")
 
     (one,) = [one for one in tiny_questions() if one.operation == "mla_decode"]
-    tile = space_of("mla_decode").whole(BASE.tile("mla_decode", one.facts))
+    tile = SPACES["mla_decode"].whole(BASE.tile("mla_decode", one.facts))
     for operation, status, why in ((bad, "wrong", "relative error inf"), (broken, "failed", "a tile too far")):
         kernels = SimpleNamespace(mla_decode=operation, workspace=reference.workspace)
-        with session(lambda _calls: 1.0, kernels, monkeypatch) as timer_of:
+        with timers(lambda _calls: 1.0, kernels, monkeypatch) as timer_of:
             (outcome,) = timer_of(one)([tile], None)
         assert outcome.status == status
         assert why in outcome.why
@@ -482,22 +430,43 @@ def test_the_check_is_ragged_and_poisoned() -> None:
         assert unused == cache.shape[0] * cache.shape[1] - sum(CHECKED_LENGTHS)
 
 
-def test_compiling_only_launches_nothing_and_finds_misfits() -> None:
-    from types import SimpleNamespace
+def test_nothing_is_timed_when_the_gpu_takes_no_more_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tile that broke it has failed; whoever asks for others gets no answer."""
+    from taut.benchmarks.tuning import measure
 
-    from taut.benchmarks.tuning.measure import CompileOnly, MisfitError
+    (one,) = [one for one in tiny_questions() if one.operation == "mla_decode"]
+    tile = SPACES["mla_decode"].whole(BASE.tile("mla_decode", one.facts))
+    with timers(lambda _calls: 1.0, SimpleNamespace(), monkeypatch) as timer_of:
+        monkeypatch.setattr(measure, "_gpu_works", lambda: False)
+        timer = timer_of(one)
+        monkeypatch.setattr(measure.Measurer, "_checked_and_timed", lambda *_: 1 / 0)
+        monkeypatch.setattr(timer, "session", SimpleNamespace(base=BASE, device="cuda:0"))
+        (outcome,) = timer([tile, tile, tile], None)
+        assert (outcome.status, "division by zero" in outcome.why) == ("failed", True)
+        assert list(timer([tile], None)) == []
+
+
+def test_compiling_only_launches_nothing_and_finds_misfits(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.jit import JITFunction
+
+    from taut.benchmarks.tuning.measure import MisfitError, compiling_only
+    from taut.common_kernels.workspace import DeviceFacts
 
     seen = []
 
-    class Kernel:
-        def warmup(self, *arguments: Any, grid: Any, **named: Any) -> Any:
-            seen.append((arguments, grid, named))
-            return SimpleNamespace(metadata=SimpleNamespace(shared=1000))
+    def run(_kernel: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> Any:
+        seen.append((arguments, grid, warmup, named))
+        return SimpleNamespace(metadata=SimpleNamespace(shared=1000))
 
-    CompileOnly(Kernel(), 1000)[(3,)](1, keys=2)
-    assert seen == [((1,), (3,), {"keys": 2})]
-    with pytest.raises(MisfitError, match="needs 1000 bytes of shared memory, 999 are there"):
-        CompileOnly(Kernel(), 999)[(3,)](1, keys=2)
+    monkeypatch.setattr(JITFunction, "run", run)
+    kernel = JITFunction(test_compiling_only_launches_nothing_and_finds_misfits)
+    with compiling_only(DeviceFacts("sm_90", 1000, 1)):
+        kernel[(3,)](1, keys=2)
+    assert seen == [((1,), (3,), True, {"keys": 2})]
+    too_small = pytest.raises(MisfitError, match="needs 1000 bytes of shared memory, 999 are there")
+    with compiling_only(DeviceFacts("sm_90", 999, 1)), too_small:
+        kernel[(3,)](1, keys=2)
+    assert JITFunction.run is run
 
 
 def test_processes_that_compile_end_with_the_session() -> None:
@@ -508,8 +477,8 @@ def test_processes_that_compile_end_with_the_session() -> None:
     from taut.common_kernels.workspace import INTERPRETED
 
     one = tiny_questions()[0]
-    with measure.Session(BASE, INTERPRETED, "cpu", 1) as timer_of:
-        tile = space_of(one.table_operation).whole(BASE.tile(one.table_operation, one.facts))
+    with measure.Session(BASE, INTERPRETED, "cpu", 1).timers() as timer_of:
+        tile = SPACES[one.table_operation].whole(BASE.tile(one.table_operation, one.facts))
         (outcome,) = timer_of(one)([tile], None)
         assert len(multiprocessing.active_children()) == 1
     assert (outcome.status, outcome.us) == ("failed", ())
@@ -522,24 +491,37 @@ def test_processes_that_compile_end_with_the_session() -> None:
 class Session:
     """Stands for the GPU: every question with a made-up timer."""
 
-    def __init__(self, stops_after: int | None = None) -> None:
-        self.stops_after = stops_after
+    base, facts = BASE, SimpleNamespace(target="sm_90", shared_memory=232_448)
 
-    def __enter__(self) -> Any:
-        return lambda _question: Timer(self.us, stops_after=self.stops_after)
-
-    def __exit__(self, *_: object) -> None:
-        pass
+    @contextmanager
+    def timers(self) -> Iterator[Any]:
+        yield lambda _question: Timer(self.us)
 
     @staticmethod
     def us(tile: Tile) -> list[float]:
         return [100.0 / tile["stages"]] * 5
 
 
-def tuning(path: Path, stops_after: int | None = None, asked: list[Any] = ASKED) -> tune.Tuning:
-    circumstances = tune.circumstances(asked, BASE, "some GPU", {"torch": "9"}, 60)
-    journal = Journal(tune.journal_of(path), circumstances)
-    return tune.Tuning(asked, BASE, path, journal, 60, "sm_90", 232_448, "some GPU", Session(stops_after))
+class Interrupted(Session):
+    @contextmanager
+    def timers(self) -> Iterator[Any]:
+        yield lambda _question: Timer(lambda _tile: (_ for _ in ()).throw(KeyboardInterrupt))
+
+
+class OfDecodeAlone(Session):
+    @contextmanager
+    def timers(self) -> Iterator[Any]:
+        class Broken(Timer):
+            def outcome(self, *_: Any) -> Outcome:
+                return Outcome("failed", why="no such instruction")
+
+        yield lambda one: (Timer if one.operation == "paged_decode" else Broken)(self.us)
+
+
+def tuning(monkeypatch: pytest.MonkeyPatch, session: Session, asked: list[Any]) -> None:
+    """Have the command tune these questions here."""
+    monkeypatch.setattr(tune, "_session", lambda *_: session)
+    monkeypatch.setattr(tune, "questions", lambda *_args, **_named: asked)
 
 
 def as_user(
@@ -567,19 +549,11 @@ def test_a_run_from_its_questions_to_its_table(
     asked: list[Any],
     expected: dict[str, int],
 ) -> None:
-    """Interrupted, gone on with, and the same in one go: one table; the journal is gone, and nothing else is there."""
+    """The table, and nothing beside it."""
     path = tmp_path / "it.json"
-    monkeypatch.setattr(tune.Tuning, "here", lambda *_args, **_named: tuning(path, 9, asked))
-    status, out, err = as_user(monkeypatch, capsys, "llama", "deepseek", "-o", str(path))
-    assert (status, out) == (130, "")
-    assert "goes on from" in err
-    assert "Traceback" not in err
-    assert [file.name for file in tmp_path.iterdir()] == ["it.json.journal"]
-
-    monkeypatch.setattr(tune.Tuning, "here", lambda *_args, **_named: tuning(path, asked=asked))
-    status, out, err = as_user(monkeypatch, capsys, "llama", "deepseek", "-o", str(path), "--json")
+    tuning(monkeypatch, Session(), asked)
+    status, out, _ = as_user(monkeypatch, capsys, "llama", "deepseek", "-o", str(path), "--json")
     assert status == 0
-    assert "tiles are measured" in err
     assert [file.name for file in tmp_path.iterdir()] == ["it.json"]
     told = json.loads(out)
     assert list(told) == ["schema", "table", "measured", "base", "questions"]
@@ -588,10 +562,6 @@ def test_a_run_from_its_questions_to_its_table(
     assert {one["provider"] for one in told["questions"]} == {one.provider for one in asked}
     assert all(one["gain"] >= 1 for one in told["questions"])
 
-    other = tmp_path / "other.json"
-    whole = tuning(other, asked=asked)
-    whole.write(whole.run(Console(file=io.StringIO())))
-    assert other.read_text() == path.read_text()
     table = read_table(path)
     for one, by in zip(asked, told["questions"], strict=True):
         assert table.tile(one.table_operation, one.facts) == by["after"]["tile"]
@@ -600,10 +570,28 @@ def test_a_run_from_its_questions_to_its_table(
     assert all(table.operations[name] == BASE.operations[name] for name in untouched)
 
 
-def test_a_journal_of_other_kernels_is_refused(tmp_path: Path) -> None:
-    tuning(tmp_path / "it.json")
-    with pytest.raises(BenchmarkError, match="begun with kernels triton, which is now hopper"):
-        tuning(tmp_path / "it.json", asked=OF_HOPPER)
+def test_an_interruption_writes_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    tuning(monkeypatch, Interrupted(), ASKED)
+    status, out, err = as_user(monkeypatch, capsys, "llama", "-o", str(tmp_path / "it.json"))
+    assert (status, out) == (130, "")
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_measured_costs_no_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "it.json"
+    tuning(monkeypatch, OfDecodeAlone(), ASKED)
+    status, out, err = as_user(monkeypatch, capsys, "llama", "deepseek", "-o", str(path), "--json")
+    assert status == 2
+    assert [one["operation"] for one in json.loads(out)["questions"]] == ["paged_decode"]
+    assert err.count("failed: no such instruction") == 3
+    table = read_table(path)
+    assert table.tile("paged_decode", ASKED[0].facts)["stages"] == 5
+    assert table.tile("mla_decode", ASKED[2].facts) == BASE.tile("mla_decode", ASKED[2].facts)
 
 
 @pytest.mark.parametrize(
@@ -655,12 +643,13 @@ def test_who_cannot_serve_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 def test_the_outcome_for_people() -> None:
     asked = [one for one in ASKED if len(one.shapes) == len(Session.us({"stages": 1}))]
-    found = [
-        search(space_of(one.table_operation), one.given, BASE.tile(one.table_operation, one.facts), Timer(Session.us))
-        for one in asked
-    ]
+    found: list[tuple[Any, Found]] = []
+    for one in asked:
+        start = BASE.tile(one.table_operation, one.facts)
+        found.append((one, search(SPACES[one.table_operation], one.given, start, Timer(Session.us), 60)))
     out = io.StringIO()
-    Console(file=out, width=100).print(tune.render(asked, found))
+    about = About(gpu="Some GPU", target="sm_90", date="2026-01-02", packages={"torch": "9.9"})
+    Console(file=out, width=100).print(tune.render(found, about))
     assert "with stages=5" in out.getvalue()
     assert "mla_decode rows=128" in out.getvalue()
 

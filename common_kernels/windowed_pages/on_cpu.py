@@ -1,4 +1,4 @@
-"""The page table of windowed layers in plain torch."""
+"""The page table of windowed layers in plain torch, for a CPU."""
 
 from __future__ import annotations
 
