@@ -13,7 +13,9 @@
 | `run_vllm`, `run_sglang` | the engine's process: starts the engine, gives it work, writes the record |
 | `process` | the same seen from outside: started, followed, and never left behind |
 | `verdict` | findings out of records, and what fails |
-| `page` | the record as one HTML page |
+| `report` | runs and what was made of them, as `--json` prints them and a later command reads them |
+| `shown` | what is shown of a report, in words and tables, whatever draws them |
+| `page`, `picture` | a report as one HTML page, a step as SVG, on that page and by itself |
 
 The command `taut audit` imports these; nothing else does.
 """

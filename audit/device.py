@@ -12,6 +12,7 @@ import json
 import tempfile
 from collections import Counter
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,12 @@ MARK = "taut audit|"
 RUNTIME = frozenset({"cuda_runtime", "cuda_driver"})  # the categories of AMD's runtime too
 DEVICE = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
 WAITS = ("Synchronize", "StreamQuery", "EventQuery")
+# What the profiler calls the limits of a multiprocessor.
+LIMITS = {
+    "most_threads": "maxThreadsPerMultiprocessor",
+    "all_registers": "regsPerMultiprocessor",
+    "all_shared_memory": "sharedMemPerMultiprocessor",
+}
 ACROSS = {"HtoD": "h2d", "DtoH": "d2h", "DtoD": "copies"}
 
 
@@ -162,20 +169,13 @@ def _kernel(event: Mapping[str, Any], scope: str, zero: float, kind: str, proper
     grid = tuple(told.get("grid", ()))
     waves = tail = None
     if grid and "numSms" in properties and "block" in told:
-        blocks, threads = 1, 1
-        for size in grid:
-            blocks *= size
-        for size in told["block"]:
-            threads *= size
         each = blocks_per_multiprocessor(
-            threads,
+            prod(told["block"]),
             told.get("registers per thread", 0),
             told.get("shared memory", 0),
-            most_threads=properties.get("maxThreadsPerMultiprocessor", 2048),
-            all_registers=properties.get("regsPerMultiprocessor", 65536),
-            all_shared_memory=properties.get("sharedMemPerMultiprocessor", 233472),
+            **{limit: properties[name] for limit, name in LIMITS.items() if name in properties},
         )
-        waves, tail = waves_and_tail(blocks, properties["numSms"], each)
+        waves, tail = waves_and_tail(prod(grid), properties["numSms"], each)
     return Kernel(event["name"], scope, float(event["dur"]), grid, waves, tail, event["ts"] - zero, kind)
 
 

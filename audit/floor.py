@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
     from taut.audit.records import Layer
 
+MOST_BLOCKS = 32  # that a multiprocessor holds, however small they are
 PARTIAL_BYTES = 4  # partial results are kept in float32, each with its log-sum-exp
 
 
@@ -45,7 +46,6 @@ def blocks_per_multiprocessor(
     most_threads: int = 2048,
     all_registers: int = 65536,
     all_shared_memory: int = 233472,
-    most_blocks: int = 32,
 ) -> int:
     """How many blocks of a kernel one multiprocessor holds at once.
 
@@ -56,14 +56,13 @@ def blocks_per_multiprocessor(
         most_threads: that a multiprocessor holds.
         all_registers: of a multiprocessor.
         all_shared_memory: of a multiprocessor, bytes.
-        most_blocks: that a multiprocessor holds.
     """
     warps = -(-threads // 32)
     by_threads = most_threads // (warps * 32)
     # A warp's registers are given out in pieces of 256.
     by_registers = all_registers // max(1, warps * -(-registers * 32 // 256) * 256)
     by_memory = all_shared_memory // (shared_memory + 1024)
-    return max(1, min(by_threads, by_registers, by_memory, most_blocks))
+    return max(1, min(by_threads, by_registers, by_memory, MOST_BLOCKS))
 
 
 def waves_and_tail(blocks: int, multiprocessors: int, blocks_each: int) -> tuple[float, float]:

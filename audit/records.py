@@ -1,13 +1,8 @@
-"""What a run of an engine leaves behind, as data. `Report` is what `taut audit --json` prints: its schema is stable.
-
-A field is added without a new `SCHEMA`; one that changes its meaning or goes makes a new one.
-"""
+"""What a run of an engine leaves behind, as data. It is a part of what `taut audit --json` prints; see `report`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-
-SCHEMA = 1
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class Trace:
         steps: that were recorded.
     """
 
-    def __init__(self, device: str, modules: frozenset[str] = frozenset()) -> None:
+    def __init__(self, device: str, modules: frozenset[str]) -> None:
         self.device = device
         self.modules = modules
         self.steps: list[Step] = []

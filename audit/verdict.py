@@ -1,9 +1,9 @@
-"""Findings out of records, two backends side by side, and what fails. Pure: data in, data out."""
+"""Findings out of records, and what fails. Pure: data in, data out."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from taut.audit.floor import floor_bytes, split_bytes
@@ -13,7 +13,7 @@ from taut.audit.records import Place  # noqa: TC001 - a report that is read back
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from taut.audit.records import Device, Event, Kernel, Layer, Run, Scope, Step
+    from taut.audit.records import Device, Event, Layer, Run, Scope, Step
 
 # What the profiler counts as the trace does: its allocations are those of a layer's output, too.
 PROFILED = ("syncs", "h2d", "d2h", "copies", "fills", "launches")
@@ -155,25 +155,6 @@ def _seen_in_full(steps: Sequence[Step]) -> list[Step]:
     return [step for step in steps if _layers_of(step) == everything]
 
 
-def seen_by(phase: str, steps: int, left_out: int, profiled: int) -> str:
-    """How many steps which source has seen, in words; of the counts of a `Summary`."""
-    words = [f"{steps} {phase} step{'' if steps == 1 else 's'} traced"]
-    if left_out:
-        words.append(f"{left_out} more left out, since only a part of their layers ran on the host's own call")
-    if profiled:
-        words.append(f"{profiled} profiled")
-    return ", ".join(words)
-
-
-def busiest(kernels: Sequence[Kernel]) -> list[tuple[Kernel, int, float]]:
-    """Of each kernel and grid one launch, how often it ran in a step, for how many microseconds; the longest first."""
-    groups: dict[tuple[object, ...], list[Kernel]] = defaultdict(list)
-    for kernel in kernels:
-        groups[kernel.name, kernel.grid].append(kernel)
-    found = [(group[0], len(group), sum(kernel.microseconds for kernel in group)) for group in groups.values()]
-    return sorted(found, key=lambda each: -each[2])
-
-
 def failures(judged: Summary, kinds: Iterable[str]) -> list[str]:
     """What fails of what was asked to, as sentences."""
     said = []
@@ -197,8 +178,7 @@ def _seen_by_the_profiler_alone(device: Device, totals: dict[str, float | None])
             continue
         more = seen[kind] - (totals[kind] or 0)
         if kind in WASTE and more > 0:
-            name = "seen by the profiler alone"
-            found.append(Finding(kind, "decode", "run", "backend", name, more, 0, None, None, None, ADVICE[kind]))
+            found.append(_of_run(kind, "decode", "seen by the profiler alone", more))
         totals[kind] = max(seen[kind], totals[kind] or 0)
     return found
 
@@ -253,14 +233,11 @@ def _alike(rows: Sequence[Row]) -> list[Row]:
         key = tuple(sorted(counted.items())), row.scratch, row.moved, row.floor, row.split_traffic
         groups[key if row.floor is not None else row.name].append(row)
     return [
-        Row(
-            group[0].name if len(group) == 1 else f"{group[0].name} … {group[-1].name}",
-            len(group),
-            {kind: count for kind, count in group[0].counts.items() if count},
-            group[0].scratch,
-            group[0].moved,
-            group[0].floor,
-            group[0].split_traffic,
+        replace(
+            group[0],
+            name=group[0].name if len(group) == 1 else f"{group[0].name} … {group[-1].name}",
+            scopes=len(group),
+            counts={kind: count for kind, count in group[0].counts.items() if count},
         )
         for group in groups.values()
     ]

@@ -5,7 +5,6 @@ The work is done by `taut.audit`, in a process of the engine's own; here stand t
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
@@ -17,24 +16,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import TypeAdapter
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
+from rich.table import Table as RichTable
+from rich.text import Text
 
-import taut
-from taut.audit.operations import KINDS
-from taut.audit.page import BYTES, number_text, of_a_scope, of_a_step, page, reasons, size_text
-from taut.audit.picture import picture, short
+from taut.audit.page import page
+from taut.audit.picture import picture
 from taut.audit.process import EngineFailedError, run_engine
-from taut.audit.records import SCHEMA, Device, Run
-from taut.audit.verdict import JUDGED, Finding, Summary, busiest, failures, seen_by, summary
+from taut.audit.report import Report, ReportError, read_report
+from taut.audit.shown import Findings, Table, Words, heading, parts, side_by_side
+from taut.audit.verdict import JUDGED, failures
 from taut.audit.work import Request
 from taut.cli import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from taut.audit.records import Run
+
+STYLES = {"waste": "red", "warning": "yellow", "good": "green"}
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt")
 MOST_PLACES = 20
 
@@ -114,33 +116,31 @@ def command(
     console = Console(stderr=as_json)
     if Path(model).is_file():
         _only_shown(called)
-        report, runs, judgements = read_report(Path(model))
+        try:
+            report = read_report(Path(model))
+        except ReportError as error:
+            raise UserError(str(error)) from None
     else:
         chosen = engine.value if engine else _installed()
         asked = [request_of(chosen, model, name, rows, context, steps, layers, made_up, option or []) for name in
                  ([backend] if against is None else [backend, against])]  # fmt: skip
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what has been started is ended on the way out
-        runs = [_run(request, console) for request in asked]
-        judgements = [summary(run, phase.value) for run in runs]
-        report = report_of(asked[0], runs, judgements)
-    failed = report["failed"] = failures(judgements[0], judged)
+        report = Report.of(asked[0], [_run(request, console) for request in asked], phase.value)
+    report.failed = failures(report.judged[0], judged)
     if html is not None:
         html.write_text(page(report), encoding="utf-8")
     if picture_file is not None:
         picture_file.write_text(picture(report), encoding="utf-8")
     if as_json:
-        typer.echo(json.dumps(report, indent=1))
+        typer.echo(report.as_json())
     else:
-        for run, judgement in zip(runs, judgements, strict=True):
-            _show(run, judgement, console)
-        if len(runs) == 2:
-            _compare(runs, judgements, console)
+        _show(report, console)
         for name, file in (("page", html), ("picture", picture_file)):
             if file is not None:
                 console.print(f"The {name}: {file}")
-        for sentence in failed:
-            console.print(f"[red]fails[/] {runs[0].asked}: {sentence}")
-    if failed:
+        for sentence in report.failed:
+            console.print(f"[red]fails[/] {escape(report.runs[0].asked)}: {sentence}")
+    if report.failed:
         raise typer.Exit(1)
 
 
@@ -157,15 +157,10 @@ def _kinds(asked: str) -> list[str]:
 
 def _only_shown(called: typer.Context) -> None:
     """Refuse what cannot be asked of a report: nothing runs, and its phase is chosen."""
+    can_be_asked = ("model", "fail_on", "as_json", "html", "picture_file")
     for option in called.command.params:
         source = called.get_parameter_source(str(option.name))
-        if getattr(source, "name", "") == "COMMANDLINE" and option.name not in (
-            "model",
-            "fail_on",
-            "as_json",
-            "html",
-            "picture_file",
-        ):
+        if getattr(source, "name", "") == "COMMANDLINE" and option.name not in can_be_asked:
             raise UserError(f"{option.opts[0]}: this is a report, which is only shown again; leave the option away")
 
 
@@ -267,126 +262,45 @@ def _run(request: Request, console: Console) -> Run:
 # What is shown
 
 
-def report_of(request: Request, runs: Sequence[Run], judgements: Sequence[Summary]) -> dict[str, Any]:
-    """The record, as docs/audit.md describes it. Of the steps of a run the events of the last one of each kind stay."""
-    shown = []
-    for run, judgement in zip(runs, judgements, strict=True):
-        record = dataclasses.asdict(run)
-        last = {step["kind"]: step for step in record["steps"]}
-        for step in record["steps"]:
-            if step is not last[step["kind"]]:
-                del step["scopes"]
-        shown.append(record | {"summary": dataclasses.asdict(judgement)})
-    asked = dataclasses.asdict(request)
-    work = {name: asked[name] for name in ("engine", "rows", "context", "steps", "layers", "made_up", "options")}
-    work["model"] = Path(request.model).name  # a machine's folders are nobody's business in a report
-    return {"schema": SCHEMA, "taut": taut.__version__, "work": work, "runs": shown, "failed": []}
+def _show(report: Report, console: Console) -> None:
+    """Each run, its findings by their lines of code, then several runs side by side."""
+    for run, judged in report.each:
+        console.print(f"[bold]{escape(run.asked)}[/]: {escape(heading(run, judged))}", soft_wrap=True)
+        for part in parts(run, judged):
+            if isinstance(part, Findings):
+                _show_findings(part, console)
+            else:
+                console.print(_table(part) if isinstance(part, Table) else _text(part))
+        console.print()
+    if len(report.runs) > 1:
+        console.print(_table(side_by_side(report)))
 
 
-def read_report(file: Path) -> tuple[dict[str, Any], list[Run], list[Summary]]:
-    """A record that was printed before, with its runs and what was made of them; `report_of` read backwards.
-
-    Raises:
-        UserError: the file is none, or of a later release.
-    """
-    try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-        judgements = TypeAdapter(list[Summary]).validate_python([run.pop("summary") for run in report["runs"]])
-        runs = TypeAdapter(list[Run]).validate_python(report["runs"])
-        schema = report["schema"]
-    except (ValueError, KeyError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{file} is no report that `taut audit --json` has printed: {reason}") from None
-    if schema != SCHEMA:
-        raise UserError(f"{file} is a report of schema {schema}; this release of taut reads {SCHEMA}")
-    # With all that later releases have added to what was written then.
-    whole = [
-        dataclasses.asdict(run) | {"summary": dataclasses.asdict(judgement)}
-        for run, judgement in zip(runs, judgements, strict=True)
-    ]
-    return report | {"runs": whole}, runs, judgements
-
-
-def _show(run: Run, judged: Summary, console: Console) -> None:
-    """One run as a table and the list of its findings."""
-    console.print(
-        f"[bold]{run.asked}[/]: {run.backend} in {run.engine} {run.release} on {run.device}, "
-        f"{seen_by(judged.phase, judged.steps, judged.left_out, judged.profiled)}",
-        soft_wrap=True,
-    )
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("what the backend does")
-    for row in judged.rows:
-        table.add_column(row.name if row.scopes == 1 else f"each of {row.scopes} layers", justify="right")
-    table.add_column("a step", justify="right")
-    for kind in KINDS:
-        cells = ["?" if kind in judged.unknown else f"{row.counts.get(kind, 0):g}" for row in judged.rows]
-        table.add_row(kind, *cells, number_text(judged.totals[kind]))
-    scopes = [vars(row) for row in judged.rows]
-    for words, name in BYTES.items():
-        table.add_row(words, *(of_a_scope(row, name) for row in scopes), size_text(of_a_step(scopes, name)))
-    console.print(table)
-    if run.kernels.endswith("reference"):
-        console.print(
-            "The reference kernels serve, plain torch: right on every device, and no measure of what a GPU runs.",
-            style="yellow",
-        )
-    if padded := [step.padded for step in run.steps if step.kind == judged.phase and step.padded]:
-        console.print(f"Rows of a step that are padding: {max(padded)}", highlight=False)
-    if run.held is not None:
-        console.print(f"The backend's objects hold {size_text(run.held)} from step to step.", highlight=False)
-    _show_findings(judged, console)
-    if run.observed is not None and run.observed.kernels:
-        _show_kernels(run.observed, console)
-    for why, kinds in reasons(vars(judged)):
-        console.print(f"? {', '.join(kinds)}: {why}", style="dim", highlight=False)
-    console.print()
-
-
-def _show_kernels(device: Device, console: Console) -> None:
-    """What ran on the device in one decode step, by the profiler."""
-    table = Table(box=box.SIMPLE_HEAD, title="a decode step on the device", title_justify="left")
-    for heading in ("kernel", "times", "microseconds", "grid", "waves", "tail"):
-        table.add_column(heading, justify="left" if heading == "kernel" else "right", overflow="fold")
-    for kernel, times, microseconds in busiest(device.kernels):
-        waves = "?" if kernel.waves is None else f"{kernel.waves:.2f}"
-        tail = "?" if kernel.tail is None else f"{kernel.tail:.0%}"
-        grid = " x ".join(map(str, kernel.grid)) or "?"
-        table.add_row(short(kernel.name), str(times), f"{microseconds:.1f}", grid, waves, tail)
-    console.print(table)
-
-
-def _show_findings(judged: Summary, console: Console) -> None:
-    """The findings by their lines of code."""
-    if not judged.findings:
-        console.print("[green]No finding.[/]")
-        return
-    places: dict[tuple[str, str], list[Finding]] = {}
-    for finding in judged.findings:
-        around = "" if finding.by == "backend" else "the engine around it, "
-        layers = f"{finding.layers} layers" if finding.layers > 1 else "1 layer"
-        scope = "" if finding.scope == "run" else layers if finding.layers else finding.scope
-        places.setdefault((finding.where, around + scope), []).append(finding)
-    for (where, scope), found in list(places.items())[:MOST_PLACES]:
-        console.print(f"[bold]{where}[/]" + (f" ({scope})" if scope else ""), highlight=False, soft_wrap=True)
-        for finding in found:
-            size = f", {size_text(finding.size)}" if finding.size else ""
-            console.print(f"    {finding.count:g} x {finding.kind}: {finding.operation}{size}", highlight=False)
+def _show_findings(findings: Findings, console: Console) -> None:
+    """Each line of code with what it does, then what to do about each kind."""
+    places: dict[str, list[Text]] = {}
+    for kind, count, scope, where, operation, size, _ in findings.rows:
+        says = f": {operation.text}{', ' * bool(size.text)}{size.text}"
+        line = Text.assemble(f"    {count.text} x ", _text(kind), says)
+        places.setdefault(f"[bold]{escape(where.text)}[/] ({escape(scope.text)})", []).append(line)
+    for place, lines in list(places.items())[:MOST_PLACES]:
+        console.print(place, highlight=False, soft_wrap=True)
+        console.print(*lines, sep="\n")
     if len(places) > MOST_PLACES:
         console.print(f"… and {len(places) - MOST_PLACES} more lines of code: --json has them all")
-    for kind, advice in {finding.kind: finding.advice for finding in judged.findings}.items():
-        console.print(f"[dim]{kind}: {advice}[/]", highlight=False)
+    for says in dict.fromkeys(f"{row[0].text}: {row[-1].text}" for row in findings.rows):
+        console.print(Text(says, "dim"))
 
 
-def _compare(runs: Sequence[Run], judgements: Sequence[Summary], console: Console) -> None:
-    """Two runs side by side, all scopes of a step together."""
-    table = Table(box=box.SIMPLE_HEAD, title=f"a {judgements[0].phase} step, all layers", title_justify="left")
-    for heading in ("", *(run.asked for run in runs)):
-        table.add_column(heading, justify="right" if heading else "left")
-    for kind in (*KINDS, "compiled", "not_finite"):
-        table.add_row(kind, *(number_text(judgement.totals[kind]) for judgement in judgements))
-    for words, name in BYTES.items():
-        sizes = (of_a_step([vars(row) for row in judgement.rows], name) for judgement in judgements)
-        table.add_row(words, *map(size_text, sizes))
-    table.add_row("held from step to step", *(size_text(run.held) for run in runs))
-    console.print(table)
+def _table(table: Table) -> RichTable:
+    drawn = RichTable(box=box.SIMPLE_HEAD, title=table.title or None, title_justify="left")
+    for column, name in enumerate(table.headings):
+        drawn.add_column(Text(name), justify="right" if table.is_number(column) else "left", overflow="fold")
+    for row in table.rows:
+        drawn.add_row(*map(_text, row))
+    return drawn
+
+
+def _text(words: Words) -> Text:
+    """Text, for a stranger's [brackets] are no markup."""
+    return Text(words.text, STYLES.get(words.style, words.style))

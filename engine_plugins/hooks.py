@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("taut.plugin")
 
+NOTHING_REGISTERED = "TAUT_ATTENTION=off: nothing is registered, %s chooses as it would without this package"
 hookspec = pluggy.HookspecMarker(GROUP)
 
 
@@ -63,7 +64,7 @@ def load_into(engine: str) -> None:
     chosen = settings()
     logs.configure(chosen.log)
     if chosen.attention == "off":
-        log.info("TAUT_ATTENTION=off: nothing is registered, %s chooses as it would without this package", engine)
+        log.info(NOTHING_REGISTERED, engine)
         return
     registry().check_name(chosen.kernels)
     engines()[engine].register(Selection(chosen.attention, chosen.kernels, chosen.table))

@@ -5,17 +5,19 @@ python -m taut.cli.doctor.probes ENGINE RESULT.json
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from taut.cli.doctor.report import Probed
 from taut.engine_plugins.hooks import engines
 from taut.engine_plugins.settings import PREFIX
+
+if TYPE_CHECKING:
+    from taut.cli.doctor.report import Row
 
 SECONDS = 180  # an engine's first import reads a lot from a cold disk
 
@@ -24,7 +26,7 @@ class ProbeError(RuntimeError):
     """The process of the probes ended without an answer; the message says how, in one line."""
 
 
-def probe(engine: str) -> list[Probed]:
+def probe(engine: str) -> list[Row]:
     """Every entry of an engine's ledger with its verdict.
 
     Raises:
@@ -43,18 +45,19 @@ def probe(engine: str) -> list[Probed]:
         if not answer.exists():
             last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it said nothing")
             raise ProbeError(f"status {done.returncode}, {last}")
-        return [Probed(**entry) for entry in json.loads(answer.read_text())]
+        found: list[Row] = json.loads(answer.read_text())
+        return found
 
 
 def main(engine: str, answer: Path) -> None:
     """Ask every probe, and write what they say."""
     adapter = engines()[engine]
     __import__(adapter.module)  # said as what it is, once, and not by every probe
-    verdicts = [
-        Probed(adapter.name, touch.what, touch.since, touch.until, touch.verdict(), touch.needed)
-        for touch in adapter.ledger()
-    ]
-    answer.write_text(json.dumps([dataclasses.asdict(probed) for probed in verdicts]))
+    probed = []
+    for touch in adapter.ledger():
+        told = {"what": touch.what, "since": touch.since, "until": touch.until}
+        probed.append({"engine": engine, **told, "verdict": touch.verdict(), "needed": touch.needed})
+    answer.write_text(json.dumps(probed))
 
 
 if __name__ == "__main__":

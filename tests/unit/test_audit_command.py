@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from taut.audit import process as engine_process
 from taut.audit.process import EngineFailedError, reason, run_engine
 from taut.audit.records import Event, Place, Run, Scope, Step
-from taut.audit.verdict import summary
+from taut.audit.report import Report
 from taut.audit.work import Request, held_bytes, prompts, scheduled_partials
 from taut.cli import UserError, audit
 from taut.cli.main import app
@@ -86,9 +86,8 @@ def a_report(folder: Path) -> Path:
     event = Event("aten.zero_", "backend", {"fills": 1, "launches": 1}, 1.0, 2.0, 64, 0, Place("a.py", 7, "f"), None)
     scopes = [Scope(name, "layer", 0.0, 9.0, [event]) for name in ("one", "two")]
     run = Run("stock", "vllm", "0.1", "NVIDIA H200", "a.B", steps=[Step("decode", [3], 1, scopes=scopes)])
-    report = audit.report_of(Request("vllm", "/a/model", "stock"), [run], [summary(run, "decode")])
     file = folder / "report.json"
-    file.write_text(json.dumps(report))
+    file.write_text(Report.of(Request("vllm", "/a/model", "stock"), [run], "decode").as_json())
     return file
 
 

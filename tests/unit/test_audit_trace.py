@@ -269,7 +269,7 @@ def test_an_operator_around_a_backend_is_not_a_launch_of_its_own() -> None:
 
 def test_a_launch_of_triton_is_one_event() -> None:
     """By whatever runs it: what the interpreter does in its place is not seen."""
-    trace = Trace("cpu")
+    trace = Trace("cpu", frozenset())
     launch = trace.operation("kernel", {"NUM_KV_SPLITS": 8})
     with trace.step() as step, trace.inside("a layer", "layer", "backend"), launch:
         torch.zeros(3)
@@ -289,7 +289,7 @@ def test_a_launch_that_triton_tells_of_keeps_into_how_many_parts_it_splits(monke
     monkeypatch.setattr(triton, "knobs", SimpleNamespace(runtime=runtime))
     monkeypatch.setattr(jit.JITFunction, "run", lambda *_, **__: [hook(told) for hook in hooks])
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", interpreter.GridExecutor.__call__)
-    watch, trace = Watch(), Trace("cpu")
+    watch, trace = Watch(), Trace("cpu", frozenset())
     kernel = SimpleNamespace(arg_names=["query", "NUM_KV_SPLITS"], __name__="stage1")
     backend = SimpleNamespace(forward=lambda: jit.JITFunction.run(kernel, None, NUM_KV_SPLITS=4))
     watch.method(backend, "forward", "a layer", "layer", "backend")

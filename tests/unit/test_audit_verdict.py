@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import pytest
 
 from taut.audit.operations import KINDS
 from taut.audit.page import page
-from taut.audit.picture import _without_pauses, picture, short
+from taut.audit.picture import _without_pauses, picture
 from taut.audit.records import Device, Event, Kernel, Layer, Padding, Place, Run, Scope, Step
-from taut.audit.verdict import ADVICE, JUDGED, WASTE, Finding, Summary, busiest, failures, summary
-from taut.cli.audit import report_of
+from taut.audit.report import Report
+from taut.audit.shown import busiest, short
+from taut.audit.verdict import ADVICE, JUDGED, WASTE, Finding, Summary, failures, summary
 
 LAYERS = ("layers.0", "layers.1", "layers.2")
 BACKEND, HELPER, ENGINE = (
@@ -189,7 +191,7 @@ class _Tags(HTMLParser):
         assert self.open.pop() == tag
 
 
-def report(*, observed: bool) -> dict[str, Any]:
+def report(*, observed: bool) -> Report:
     """Two backends; with a profile, the first of them has a fill and a copy in each layer, and overlapping kernels."""
     from taut.audit.work import Request
 
@@ -211,14 +213,13 @@ def report(*, observed: bool) -> dict[str, Any]:
         run(step("prefill"), step(), step(), observed=device, held=3 << 20, padding=padding),
         run(step(), asked="<taut>", backend="a.B", observed=device),
     ]
-    judgements = [summary(record, "decode") for record in records]
-    return report_of(Request("vllm", "/models/tiny", "stock"), records, judgements)
+    return Report.of(Request("vllm", "/models/tiny", "stock"), records, "decode")
 
 
 @pytest.mark.parametrize("observed", [False, True])
 def test_the_page_is_whole_and_needs_nothing_else(observed: bool) -> None:
     made = report(observed=observed)
-    made["failed"] = ["fills: 3 a decode step"]
+    made.failed = ["fills: 3 a decode step"]
     html = page(made)
     tags = _Tags()
     tags.feed(html)
@@ -234,7 +235,8 @@ def test_the_page_is_whole_and_needs_nothing_else(observed: bool) -> None:
     assert '<td>held from step to step</td><td class="n">3.0 MiB</td><td class="n">?</td>' in html
     assert "2 decode steps traced" + (", 1 profiled" if observed else "") in html
     assert "Padded with 3 rows: rows without work get finite numbers." in html
-    assert [("scopes" in step) for step in made["runs"][0]["steps"]] == [True, False, True]  # the last of each kind
+    steps = json.loads(made.as_json())["runs"][0]["steps"]
+    assert [("scopes" in step) for step in steps] == [True, False, True]  # the last of each kind
 
 
 def test_the_picture_of_a_step_on_the_device() -> None:
@@ -259,15 +261,15 @@ def test_the_picture_of_a_step_on_the_host_where_no_device_was_seen() -> None:
     assert "aten.zero_ fills backend.py:7" in svg
     assert "interpreter" not in svg
     made = report(observed=False)
-    made["runs"][0]["interpreted"] = True
+    made.runs[0].interpreted = True
     assert picture(made).count("and that of Triton&#x27;s interpreter") == 1
 
 
 def test_a_layer_without_the_pauses_of_the_host_keeps_what_overlaps() -> None:
-    kernels = [{"name": name, "began": began, "microseconds": 5.0} for name, began in (("b", 30.0), ("a", 10.0))]
-    kernels.append({"name": "c", "began": 33.0, "microseconds": 5.0})
+    begins = {"b": 30.0, "a": 10.0, "c": 33.0}
+    kernels = [Kernel(name, "layers.0", 5.0, (), None, None, began) for name, began in begins.items()]
     placed, end = _without_pauses(kernels)
-    assert [(kernel["name"], at) for kernel, at in placed] == [("a", 0.0), ("b", 5.0), ("c", 8.0)]
+    assert [(kernel.name, at) for kernel, at in placed] == [("a", 0.0), ("b", 5.0), ("c", 8.0)]
     assert end == 13.0
 
 

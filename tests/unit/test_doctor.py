@@ -18,7 +18,6 @@ import taut
 from taut.adapters.engine import Touch
 from taut.cli import UserError, doctor, main
 from taut.cli.doctor import as_json, collect, look, probes, render
-from taut.cli.doctor.report import Gpu, Probed, Report
 from taut.common_kernels.problem import Capability
 from taut.common_kernels.providers import KernelProvider, Registry, default_registry, hookimpl
 from taut.engine_plugins import hooks
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from taut.adapters.engine import EngineAdapter
+    from taut.cli.doctor.report import Report, Row
 
 LLAMA = {
     "model_type": "llama",
@@ -122,8 +122,13 @@ def test_nothing_is_wrong() -> None:
     assert wrong(report) == []
     assert not report.wrong
     vllm, sglang = report.engines
-    assert (vllm.version, vllm.in_range, vllm.entry_point, vllm.let_through) == (taut.__version__, True, True, True)
-    assert (sglang.version, sglang.in_range) == (None, None)
+    assert [vllm[key] for key in ("version", "in_range", "entry_point", "let_through")] == [
+        taut.__version__,
+        True,
+        True,
+        True,
+    ]
+    assert (sglang["version"], sglang["in_range"]) == (None, None)
     assert "Nothing is wrong." in text(report)
 
 
@@ -147,7 +152,7 @@ def test_an_engine_that_we_cannot_speak_to() -> None:
 def test_a_release_outside_the_range_is_worth_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     adapters(monkeypatch, installed(VLLM, releases=("98.0", "99.0")))
     report = report_of()
-    assert report.engines[0].in_range is False
+    assert report.engines[0]["in_range"] is False
     assert wrong(report) == []
     assert any("not within 98.0 to 99.0" in line for line in notes(report))
 
@@ -181,7 +186,7 @@ def test_a_package_that_only_lends_its_name(monkeypatch: pytest.MonkeyPatch) -> 
     adapters(monkeypatch, installed(VLLM, distributions=("rich", "pluggy"), module="pluggy"))
     report = report_of()
     assert not any("both installed" in line for line in notes(report))
-    assert report.engines[0].distribution == "pluggy"
+    assert report.engines[0]["distribution"] == "pluggy"
 
 
 def test_an_engine_that_is_not_served_yet(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +200,7 @@ def test_an_engine_that_is_not_served_yet(monkeypatch: pytest.MonkeyPatch) -> No
 def test_our_plugin_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
     adapters(monkeypatch, installed(VLLM, plugin_group="no.such.group"))
     report = report_of()
-    assert not report.engines[0].entry_point
+    assert not report.engines[0]["entry_point"]
     assert any("no.such.group" in line and "pip install" in line for line in wrong(report))
 
 
@@ -218,13 +223,13 @@ def test_the_engines_list_of_plugins(
 ) -> None:
     adapters(monkeypatch, installed(adapter))
     report = report_of(environment={} if listed is None else {adapter.plugin_filter: listed})
-    assert report.engines[0].let_through is passes
+    assert report.engines[0]["let_through"] is passes
     assert report.wrong is not passes
     assert passes or any(f"{adapter.plugin_filter}={listed}" in line for line in wrong(report))
 
 
 def test_a_gpu_without_kernels_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = Gpu(0, "Some GPU", "sm_90", 79.6)
+    gpu = {"index": 0, "name": "Some GPU", "target": "sm_90", "memory_gib": 79.6}
     monkeypatch.setattr(look, "_gpus", lambda: [gpu])
     only_cpu = registry_of(provider("mine", automatic_on=("cpu",)))
     report = report_of(kernels=only_cpu)
@@ -234,7 +239,7 @@ def test_a_gpu_without_kernels_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_driver_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> list[Gpu]:
+    def fail() -> list[Row]:
         raise RuntimeError("no driver [here]")
 
     monkeypatch.setattr(look, "_gpus", fail)
@@ -250,7 +255,7 @@ def test_a_misspelt_setting_is_a_finding_and_the_others_are_shown() -> None:
     assert len(lines) == 2
     assert "did you mean TAUT_ATTENTION?" in lines[0]
     assert "TAUT_LOG=loud" in lines[1]
-    assert [(s.name, s.value, s.source) for s in report.settings] == [
+    assert [(s["name"], s["value"], s["source"]) for s in report.settings] == [
         ("TAUT_ATTENTION", None, "default"),
         ("TAUT_KERNELS", "reference", "TAUT_KERNELS"),
         ("TAUT_TABLE", None, "default"),
@@ -302,8 +307,8 @@ def test_providers_and_what_each_can_do() -> None:
         "paged_attention", ("sm_80+",), head_sizes=frozenset({128, 64}), features=frozenset({"causal"})
     )
     report = report_of(kernels=registry_of(provider("low", priority=1), provider("high", capabilities=(limited,))))
-    assert [p.name for p in report.providers] == ["high", "low"]
-    assert report.providers[0].origin == "entry point plugin"
+    assert [p["name"] for p in report.providers] == ["high", "low"]
+    assert report.providers[0]["origin"] == "entry point plugin"
     shown = text(report)
     for part in ("What high can do", "64, 128", "sm_80+", "a [bold] one"):
         assert part in shown
@@ -318,8 +323,8 @@ def test_a_provider_that_lacks_what_it_needs_has_no_kernels() -> None:
 
 
 def test_the_built_in_ones_say_so() -> None:
-    (reference,) = [p for p in report_of().providers if p.name == "reference"]
-    assert reference.origin == "built in"
+    (reference,) = [p for p in report_of().providers if p["name"] == "reference"]
+    assert reference["origin"] == "built in"
 
 
 def test_a_provider_that_does_not_exist_is_wrong() -> None:
@@ -545,15 +550,14 @@ def test_a_provider_is_chosen_by_itself_on_the_targets_its_patterns_mean() -> No
 # The probes
 
 
-def probed(*verdicts: str, needed: bool = True) -> list[Probed]:
-    return [Probed("vllm", f"touch {i}", "0.1", "", verdict, needed) for i, verdict in enumerate(verdicts)]
+def probed(what: str, verdict: str, needed: bool = True) -> Row:
+    return {"engine": "vllm", "what": what, "since": "0.1", "until": "", "verdict": verdict, "needed": needed}
 
 
 def test_probes_are_summed_up_and_shown_when_asked() -> None:
     assert report_of().bridge == []
-    report = report_of(
-        probe=lambda _engine: [*probed("here", "here"), Probed("vllm", "odd", "0.1", "", "not here", False)]
-    )
+    entries = [probed("touch 0", "here"), probed("touch 1", "here"), probed("odd", "not here", needed=False)]
+    report = report_of(probe=lambda _engine: entries)
     assert not report.wrong
     assert any("all 2 internals" in finding.says for finding in report.findings)
     short = text(report)
@@ -565,13 +569,15 @@ def test_probes_are_summed_up_and_shown_when_asked() -> None:
 
 
 def test_what_is_needed_and_not_here_is_wrong() -> None:
-    report = report_of(probe=lambda _engine: probed("here", "not here", "failed: ImportError: no such place"))
+    verdicts = ("here", "not here", "failed: ImportError: no such place")
+    entries = [probed(f"touch {i}", verdict) for i, verdict in enumerate(verdicts)]
+    report = report_of(probe=lambda _engine: entries)
     lines = [finding.says for finding in report.findings if finding.level == "wrong"]
     assert lines == ["not here: touch 1", "failed: ImportError: no such place: touch 2"]
 
 
 def test_a_broken_engine_is_said_in_one_line() -> None:
-    def broken(_engine: str) -> list[Probed]:
+    def broken(_engine: str) -> list[Row]:
         raise probes.ProbeError("status -11, it said nothing")
 
     (line,) = wrong(report_of(probe=broken))
@@ -610,7 +616,7 @@ def test_the_process_of_the_probes(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 def test_what_each_process_would_log() -> None:
     def lines(**environment: str) -> list[tuple[str, str]]:
-        return [(told.when, told.line) for told in report_of(environment=environment).logs]
+        return [(told["when"], told["line"]) for told in report_of(environment=environment).logs]
 
     asked = "only with `--attention-backend CUSTOM`"
     said = f"taut INFO [PROCESS pid=NUMBER] taut {taut.__version__} serves {{}} attention in vLLM {taut.__version__}: "
@@ -625,7 +631,7 @@ def test_what_each_process_would_log() -> None:
     ((_, off),) = lines(TAUT_ATTENTION="off")
     assert "nothing is registered" in off
     (only,) = report_of(model=DEEPSEEK).logs
-    assert only.when.startswith("MLA")
+    assert only["when"].startswith("MLA")
 
 
 def test_the_line_is_the_one_that_is_logged() -> None:
@@ -677,9 +683,9 @@ def test_the_password_of_an_address_is_not_shown() -> None:
 
 def test_our_entry_points_are_told() -> None:
     (point,) = [
-        point for point in report_of().entry_points if point.group == VLLM.plugin_group and point.name == "taut"
+        point for point in report_of().entry_points if (point["group"], point["name"]) == (VLLM.plugin_group, "taut")
     ]
-    assert (point.loads, point.package) == ("yes", f"taut-attention {taut.__version__}")
+    assert (point["loads"], point["package"]) == ("yes", f"taut-attention {taut.__version__}")
 
 
 def test_a_plugin_is_asked_once() -> None:
@@ -693,5 +699,5 @@ def test_a_plugin_is_asked_once() -> None:
 
     registry = default_registry([])
     registry.plugins.register(Plugin(), name="plugin")
-    assert "mine" in {one.name for one in report_of(kernels=registry).providers}
+    assert "mine" in {one["name"] for one in report_of(kernels=registry).providers}
     assert asked == [1]
