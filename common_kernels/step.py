@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-# A row of a step with more queries than this is prefilled, by kernels of their own where a provider has such.
+# A row with more queries than this is prefilled: the built-in providers for GPUs have kernels of their own for that.
 DECODE_QUERIES = 16
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Prefill:
-    """A prefill backend, in as much as vLLM calls of one.
+    """What vLLM calls of a prefill backend.
 
     Args:
         layer: one of those that it prefills for.
