@@ -71,13 +71,13 @@ def test_off_registers_nothing() -> None:
 @pytest.mark.parametrize("attention", ["on", "auto"])
 def test_on_and_auto_choose_ours_under_the_members_name(attention: str) -> None:
     said = answers(attention)
-    assert said["chosen"] == "taut.adapters.vllm.dense.TautBackend_CPU_ATTN"
+    assert said["chosen"] == "taut.adapters.vllm.dense.backend.TautBackend_CPU_ATTN"
     assert said["name"] == "CPU_ATTN"
     assert {"FLASH_ATTN", "TRITON_ATTN", "CPU_ATTN", "CPU_MLA", "CUSTOM"} <= set(said["overridden"])
 
 
 def test_custom_is_ours_without_any_variable() -> None:
-    assert answers(None, "CUSTOM")["chosen"] == "taut.adapters.vllm.dense.TautBackend_CPU_ATTN"
+    assert answers(None, "CUSTOM")["chosen"] == "taut.adapters.vllm.dense.backend.TautBackend_CPU_ATTN"
 
 
 def test_another_backend_by_name_is_not_ours() -> None:
