@@ -56,8 +56,11 @@ class Partition:
         groups: those committed that it has not waited for.
         stores: its TMA stores that it has not waited for.
         waited: whether the kernel ahead has ended, as far as it knows.
-        until: what it waits for, in words `waits_for`; None if for nothing.
+        until: what it waits for; None if for nothing.
+        waits_for: the same in words.
+        done: whether its function has returned.
         line: where it came last.
+        greenlet: what runs it.
     """
 
     name: str
