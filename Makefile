@@ -87,7 +87,7 @@ contract: $(VENV)/tests.done
 # An engine's start is one thread's work: two of them side by side, each with the tests of whole files, which share runs.
 engines: $(VENV)/tests.done $(MODEL)/config.json
 	@echo "==> tests with the real engine and the real model"
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/integration
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(QUICK) tests/integration
 
 # Not in `make test`, for it takes minutes of its own: SGLang cannot live beside vLLM, so it gets another environment, and
 # stand-ins for two packages that have no build for CPUs.
