@@ -12,6 +12,7 @@ from jitted import KERNELS, jitted, largest_first
 if TYPE_CHECKING:
     from pathlib import Path
 
+MOST_PARAMETERS = {"gluon": 24, "triton": 16}
 FILES = sorted({one.path for one in largest_first(KERNELS)})
 
 
@@ -29,3 +30,15 @@ def test_a_jitted_function_takes_nothing_from_the_triton_that_others_patch(path:
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "triton"
         }
         assert not used, f"{function.name} uses {used}"
+
+
+def test_only_kernels_take_many_parameters() -> None:
+    """What belongs together travels together: a function below a kernel takes aggregates. Constexprs count."""
+    functions = largest_first(KERNELS)
+    assert any(one.is_kernel for one in functions)
+    too_many = [
+        f"{one.function.name} takes {one.parameters}, the most in {one.dialect} are {MOST_PARAMETERS[one.dialect]}"
+        for one in functions
+        if not one.is_kernel and one.parameters > MOST_PARAMETERS[one.dialect]
+    ]
+    assert too_many == []
