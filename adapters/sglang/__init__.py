@@ -2,7 +2,8 @@
 
 | module | what it holds |
 | --- | --- |
-| `selection` | what is registered, and who is chosen when SGLang resolves its arguments |
+| `registration` | what is registered: which class answers for which name |
+| `selection` | whether we serve what SGLang was asked for, and what it resolved |
 | `layers` | what a layer asks of our kernels, and why it cannot be served |
 | `steps` | SGLang's batches as steps of ours |
 | `backend` | the backend: metadata of both kinds, dense attention, MLA |
@@ -27,7 +28,7 @@ hookimpl = pluggy.HookimplMarker("taut")
 
 
 def _register(selection: Selection) -> None:
-    from taut.adapters.sglang.selection import register
+    from taut.adapters.sglang.registration import register
 
     register(selection)
 
