@@ -76,7 +76,7 @@ class Audited:
             release=bridge.engine_version(),
             device=device_name(device),
             backend=class_name(backend),
-            kernels=next((plan.provider for plan in getattr(backend, "plans", {}).values()), ""),
+            kernels=next((service.provider for service in getattr(backend, "services", {}).values()), ""),
             interpreted=interpreted(),
             layers=[_facts(name, layer, runner) for name, layer in layers.items()],
             steps=self.trace.steps,

@@ -4,7 +4,7 @@
 | --- | --- |
 | `registration` | what is registered: which class answers for which name |
 | `selection` | whether we serve what SGLang was asked for, and what it resolved |
-| `layers` | what a layer asks of our kernels, and why it cannot be served |
+| `service` | how each layer is served: what it asks of our kernels, who answers, or why nobody does |
 | `steps` | SGLang's batches as steps of ours |
 | `backend` | the backend: metadata of both kinds, dense attention, MLA |
 | `drafts` | the steps that a draft model runs ahead |

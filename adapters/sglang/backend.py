@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
-from taut.adapters.sglang import bridge, layers, selection
+from taut.adapters.sglang import bridge, selection
+from taut.adapters.sglang.service import Services, Surroundings
 from taut.adapters.sglang.steps import Batch, Steps, TautMetadata, batch_of, refuse_trees
 from taut.common_kernels.compiling import compile_ahead, powers
 from taut.common_kernels.providers import registry
@@ -23,7 +24,7 @@ from taut.common_kernels.providers import registry
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from taut.adapters.sglang.layers import Plan
+    from taut.adapters.sglang.service import Service
     from taut.common_kernels.kernels import Workspace
     from taut.common_kernels.problem import Problem
     from taut.common_kernels.step import Step
@@ -67,7 +68,7 @@ class TautBackend(AttentionBackend):
         self.device = torch.device(model_runner.device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
-        self.around = layers.Surroundings(
+        self.around = Surroundings(
             device=self.device,
             dtype=model_runner.dtype,
             cache_dtype=model_runner.kv_cache_dtype,
@@ -90,31 +91,23 @@ class TautBackend(AttentionBackend):
         self._workspace_rows = 0
         self._sinks: dict[Any, tuple[Tensor, int | None]] = {}
         found = bridge.attention_layers(getattr(model_runner, "model", None))
-        # By layer and queries of a row, 0 for any number, which no step ahead has.
-        self.plans: dict[tuple[Any, int], Plan] = {}
-        counts = self.usual_queries if ahead else [0, *self.usual_queries]
-        try:
-            for layer, plan in layers.judge(found, self.around).items():
-                for queries in counts:
-                    self.plans[layer, queries] = layers.bounded(plan, queries, self.around.kernels)
-        except ValueError as error:
-            raise ValueError(selection.refusal([str(error)])) from error
+        self.services = Services(found, self.around, self.usual_queries if ahead else [0, *self.usual_queries])
         translation = bridge.slot_translation(self.token_to_kv_pool)
-        windowed = [plan for plan in self.plans.values() if plan.windowed_pool]
-        self.first_windowed = next((layer for (layer, _), plan in self.plans.items() if plan.windowed_pool), None)
+        windowed = [service for service in self.services.values() if service.windowed_pool]
         self.steps = Steps(
             self.req_to_token_pool.req_to_token,
             int(self.req_to_token_pool.size) + 1,
             translation,
             max(
-                (plan.mask.left for plan in windowed), default=int(getattr(model_runner, "sliding_window_size", 0) or 0)
+                (service.mask.left for service in windowed),
+                default=int(getattr(model_runner, "sliding_window_size", 0) or 0),
             ),
         )
-        for plan in self.plans.values():
-            self._workspace(plan)
+        for service in self.services.values():
+            self._workspace(service)
         if self.around.mla:
             bridge.register_mla(mla_form)
-        for kind, provider in dict.fromkeys((kind_of(plan), plan.provider) for plan in self.plans.values()):
+        for kind, provider in dict.fromkeys((service.kind, service.provider) for service in self.services.values()):
             selection.announce(kind, provider)
         if self.device.type == "cuda":
             self.warm_up()
@@ -217,7 +210,7 @@ class TautBackend(AttentionBackend):
         Raises:
             ValueError: the kernels cannot be captured.
         """
-        for provider in {plan.provider for plan in self.plans.values()}:
+        for provider in {service.provider for service in self.services.values()}:
             if not next(p for p in registry().providers if p.name == provider).graphs:
                 raise ValueError(
                     f"the kernels {provider!r} cannot be captured in a CUDA graph: set TAUT_KERNELS=auto, or start "
@@ -226,8 +219,8 @@ class TautBackend(AttentionBackend):
         self.steps.reserve(max_bs)
         self.max_tokens = max(self.max_tokens, max_num_tokens)
         self.workspaces.clear()
-        for plan in self.plans.values():
-            self._workspace(plan)
+        for service in self.services.values():
+            self._workspace(service)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         """The length of a padded request: one token, in the slot that SGLang keeps for nobody."""
@@ -258,11 +251,11 @@ class TautBackend(AttentionBackend):
 
     def _run_idle_steps(self) -> None:
         most = min(int(self.req_to_token_pool.size), MOST_IDLE_ROWS)
-        kinds = {plan.problem: layer for (layer, queries), plan in self.plans.items() if queries == 1}
+        kinds = {service.problem: layer for (layer, queries), service in self.services.items() if queries == 1}
         # Rows, and the most queries of one.
         prompts = [] if self.ahead else [(1, longest) for longest in powers(self.max_tokens)] + [(most, 1)]
         for layer in kinds.values():
-            contiguous = self.plans[layer, 1].problem.operation == "ragged_attention"
+            contiguous = self.services[layer, 1].problem.operation == "ragged_attention"
             for rows, longest in prompts[:1] if contiguous else prompts:  # one kernel for whatever is promised
                 self._run_idle(layer, rows, 0, longest)
             for rows in powers(most) if not contiguous else ():
@@ -278,21 +271,21 @@ class TautBackend(AttentionBackend):
             queries: of each row; 0 for prompts, of one query each.
             longest: the most queries of a row that are promised.
         """
-        plan, tokens = self.plans[layer, 1], rows * (queries or 1)
+        service, tokens = self.services[layer, 1], rows * (queries or 1)
         nothing = torch.zeros(rows, dtype=torch.int64, device=self.device)
         counts = None if queries else torch.ones(rows, dtype=torch.int32, device=self.device)
         metadata = self.steps.metadata(Batch(nothing, nothing, tokens, queries, counts, longest))
         self.forward_metadata = metadata
         self._prepare(metadata)
-        problem, dtype = plan.problem, self.around.dtype
+        problem, dtype = service.problem, self.around.dtype
         query = torch.zeros(tokens, problem.q_heads, problem.head_size, dtype=dtype, device=self.device)
         key = torch.zeros(tokens, problem.kv_heads, problem.head_size, dtype=dtype, device=self.device)
         value, parts = key[..., : problem.value_size], {}
-        if plan.absorbed:
+        if service.absorbed:
             parts = {"q_rope": query[..., problem.value_size :], "k_rope": key[..., problem.value_size :]}
             query, key = query[..., : problem.value_size], value
         forms = [(False, False)]  # whether keys are a chunk of a prefix, and whether the LSE is wanted
-        if plan.ragged:
+        if service.ragged:
             forms += [(False, True), (True, True)]
             value = self._beside_keys(key, problem)
         for chunk, wants_lse in forms:
@@ -305,11 +298,11 @@ class TautBackend(AttentionBackend):
                 prefix_chunk_cu_seq_lens=[metadata.step.query_starts],
                 prefix_chunk_max_seq_lens=[self.max_tokens],
             )
-            self._attend(query, key, value, layer, forward, not plan.ragged, **parts)
+            self._attend(query, key, value, layer, forward, not service.ragged, **parts)
 
     def _beside_keys(self, key: Tensor, problem: Problem) -> Tensor:
         """Values [T, Hk, V] as SGLang's projection leaves them: behind each head's key, whose rope lies elsewhere."""
-        latent = next((plan.problem for plan in self.plans.values() if plan.absorbed), None)
+        latent = next((service.problem for service in self.services.values() if service.absorbed), None)
         rope = latent.head_size - latent.value_size if latent else 0
         both = key.new_zeros(*key.shape[:2], problem.head_size - rope + problem.value_size)
         return both[..., problem.head_size - rope :]
@@ -319,8 +312,8 @@ class TautBackend(AttentionBackend):
         if batch.tokens > self.max_tokens or self.steps.max_rows > self._workspace_rows:
             self.max_tokens = max(self.max_tokens, batch.tokens)
             self.workspaces.clear()
-            for plan in self.plans.values():
-                self._workspace(plan)
+            for service in self.services.values():
+                self._workspace(service)
 
     def _prepare(self, metadata: TautMetadata) -> None:
         """Lengths and schedules of a step, a launch each; a graph's step keeps the workspaces that it began with."""
@@ -336,18 +329,18 @@ class TautBackend(AttentionBackend):
         """For how many queries of a row the kernels of a step are cut: 0 for any number."""
         return metadata.batch.queries if metadata.batch.queries in self.usual_queries else 0
 
-    def _workspace(self, plan: Plan) -> Workspace:
+    def _workspace(self, service: Service) -> Workspace:
         """The workspace that a layer shares with all that ask for the same; made on first use.
 
         Of layers whose keys are handed over it holds no schedule, only which tile table the user named.
         """
-        key = plan.problem, plan.windowed_pool
+        key = service.problem, service.windowed_pool
         if key not in self.workspaces:
             rows = self._workspace_rows = self.steps.max_rows
-            bound = plan.problem.max_query
+            bound = service.problem.max_query
             table = selection.chosen().table
-            self.workspaces[key] = plan.kernels.workspace(
-                plan.problem,
+            self.workspaces[key] = service.kernels.workspace(
+                service.problem,
                 rows,
                 rows * bound if bound else max(self.max_tokens, rows),
                 str(self.device),
@@ -411,45 +404,35 @@ class TautBackend(AttentionBackend):
             raise ValueError(selection.refusal(unknown))
         metadata = self.forward_metadata
         assert metadata is not None
-        plan = self._plan(layer, self._queries(metadata))
-        if sinks is not None and (plan.absorbed or plan.ragged):
+        service = self.services[layer, self._queries(metadata)]
+        if sinks is not None and (service.absorbed or service.ragged):
             raise ValueError(selection.refusal(["sinks of MLA (sinks) are not supported"]))
-        if plan.absorbed:
-            return self._absorbed(q, k, layer, plan, forward_batch, metadata, save_kv_cache, q_rope, k_rope)
+        if service.absorbed:
+            return self._absorbed(q, k, layer, service, forward_batch, metadata, save_kv_cache, q_rope, k_rope)
         if q_rope is not None or k_rope is not None:
             raise ValueError(
                 selection.refusal(["queries and keys in two parts (q_rope, k_rope) for a layer without MLA"])
             )
-        if plan.ragged:
-            return self._unabsorbed(q, k, v, layer, plan, forward_batch, metadata, save_kv_cache)
-        return self._dense(q, k, v, layer, plan, forward_batch, metadata, save_kv_cache, sinks)
+        if service.ragged:
+            return self._unabsorbed(q, k, v, layer, service, forward_batch, metadata, save_kv_cache)
+        return self._dense(q, k, v, layer, service, forward_batch, metadata, save_kv_cache, sinks)
 
-    def _plan(self, layer: Any, queries: int) -> Plan:
-        """How a layer is served in steps whose rows have so many queries, 0 for any number; settled on first use."""
-        if (layer, queries) not in self.plans:
-            plan = self.plans.get((layer, 0)) or layers.plan(layer, self.around)
-            self.plans[layer, queries] = plan = layers.bounded(plan, queries, self.around.kernels)
-            selection.announce(kind_of(plan), plan.provider)
-            if self.first_windowed is None and plan.windowed_pool:
-                self.first_windowed = layer
-        return self.plans[layer, queries]
-
-    def _ready(self, plan: Plan, metadata: TautMetadata) -> tuple[Step, Workspace]:
+    def _ready(self, service: Service, metadata: TautMetadata) -> tuple[Step, Workspace]:
         """A layer's step and its workspace, which is prepared now if no layer has asked for it before."""
-        step = metadata.windowed if plan.windowed_pool and metadata.windowed else metadata.step
-        key = plan.problem, plan.windowed_pool
+        step = metadata.windowed if service.windowed_pool and metadata.windowed else metadata.step
+        key = service.problem, service.windowed_pool
         if key not in metadata.prepared:
-            workspace = self._workspace(plan)
+            workspace = self._workspace(service)
             workspace.prepare(step)
             metadata.prepared[key] = workspace
         return step, metadata.prepared[key]
 
-    def _slots(self, layer: Any, plan: Plan, forward_batch: Any, metadata: TautMetadata) -> Tensor:
+    def _slots(self, layer: Any, service: Service, forward_batch: Any, metadata: TautMetadata) -> Tensor:
         """Where a layer's new tokens go."""
         slots: Tensor = forward_batch.out_cache_loc
-        if not plan.windowed_pool:
+        if not service.windowed_pool:
             return slots
-        if metadata.windowed_slots is None or layer is self.first_windowed:
+        if metadata.windowed_slots is None or layer is self.services.first_windowed:
             assert self.steps.translation is not None
             metadata.windowed_slots = self.steps.translation[slots]
         return metadata.windowed_slots[: slots.shape[0]]
@@ -473,13 +456,13 @@ class TautBackend(AttentionBackend):
         k: Tensor | None,
         v: Tensor | None,
         layer: Any,
-        plan: Plan,
+        service: Service,
         forward_batch: Any,
         metadata: TautMetadata,
         save_kv_cache: bool,
         sinks: Tensor | None,
     ) -> Tensor:
-        problem = plan.problem
+        problem = service.problem
         query = q.view(-1, problem.q_heads, problem.head_size)
         sinks = self._float_sinks(layer, sinks)
         if (k is None) != (v is None):
@@ -492,30 +475,30 @@ class TautBackend(AttentionBackend):
         out, view = self._output(q, query.shape[0], problem, forward_batch)
         key_cache, value_cache = bridge.dense_cache(self.token_to_kv_pool, layer.layer_id)
         if k is not None and v is not None and save_kv_cache:
-            slots = self._slots(layer, plan, forward_batch, metadata)
-            plan.kernels.store_kv(
-                k, v, key_cache, value_cache, slots, key_scale=plan.key_scale, value_scale=plan.value_scale
+            slots = self._slots(layer, service, forward_batch, metadata)
+            service.kernels.store_kv(
+                k, v, key_cache, value_cache, slots, key_scale=service.key_scale, value_scale=service.value_scale
             )
-        if plan.encoder:
+        if service.encoder:
             if k is None or v is None or any(forward_batch.extend_prefix_lens_cpu or ()):
                 raise ValueError(selection.refusal(["an encoder's layer over keys that were cached before"]))
             starts, longest = metadata.step.query_starts, metadata.step.max_query
-            plan.kernels.ragged_attention(
-                query, k, v, starts, starts, plan.mask, view,
-                scale=plan.scale, max_query=longest, max_length=longest, sinks=sinks, workspace=self._workspace(plan),
+            service.kernels.ragged_attention(
+                query, k, v, starts, starts, service.mask, view, scale=service.scale, max_query=longest,
+                max_length=longest, sinks=sinks, workspace=self._workspace(service),
             )  # fmt: skip
             return out
-        step, workspace = self._ready(plan, metadata)
-        plan.kernels.paged_attention(
+        step, workspace = self._ready(service, metadata)
+        service.kernels.paged_attention(
             query,
             key_cache,
             value_cache,
             step,
-            plan.mask,
+            service.mask,
             view,
-            scale=plan.scale,
-            key_scale=plan.key_scale,
-            value_scale=plan.value_scale,
+            scale=service.scale,
+            key_scale=service.key_scale,
+            value_scale=service.value_scale,
             sinks=sinks,
             workspace=workspace,
         )
@@ -526,7 +509,7 @@ class TautBackend(AttentionBackend):
         q: Tensor,
         k: Tensor | None,
         layer: Any,
-        plan: Plan,
+        service: Service,
         forward_batch: Any,
         metadata: TautMetadata,
         save_kv_cache: bool,
@@ -534,7 +517,7 @@ class TautBackend(AttentionBackend):
         k_rope: Tensor | None,
     ) -> Tensor:
         """MLA over the latent cache. Queries and keys come in two parts, or joined, and are read where they lie."""
-        problem = plan.problem
+        problem = service.problem
         rank, rope = problem.value_size, problem.head_size - problem.value_size
         if q_rope is None:
             joined = q.view(-1, problem.q_heads, problem.head_size)
@@ -548,10 +531,10 @@ class TautBackend(AttentionBackend):
                 latent, pe = joined[:, :rank], joined[:, rank:]
             else:
                 latent, pe = k.view(-1, rank), k_rope.view(-1, rope)
-            plan.kernels.store_mla_kv(latent, pe, cache, forward_batch.out_cache_loc)
+            service.kernels.store_mla_kv(latent, pe, cache, forward_batch.out_cache_loc)
         out, view = self._output(q, q_nope.shape[0], problem, forward_batch)
-        step, workspace = self._ready(plan, metadata)
-        plan.kernels.mla_decode(q_nope, q_pe, cache, step, view, scale=plan.scale, workspace=workspace)
+        step, workspace = self._ready(service, metadata)
+        service.kernels.mla_decode(q_nope, q_pe, cache, step, view, scale=service.scale, workspace=workspace)
         return out
 
     def _unabsorbed(
@@ -560,7 +543,7 @@ class TautBackend(AttentionBackend):
         k: Tensor | None,
         v: Tensor | None,
         layer: Any,
-        plan: Plan,
+        service: Service,
         forward_batch: Any,
         metadata: TautMetadata,
         save_kv_cache: bool,
@@ -572,11 +555,11 @@ class TautBackend(AttentionBackend):
         """
         if k is None or v is None or save_kv_cache:
             raise ValueError(selection.refusal(["unabsorbed MLA that reads or writes the cache itself"]))
-        problem = plan.problem
+        problem = service.problem
         query = q.view(-1, problem.q_heads, problem.head_size)
         key = k.view(-1, problem.kv_heads, problem.head_size)
         value = v.view(-1, problem.kv_heads, problem.value_size)
-        step, mask = metadata.step, plan.mask
+        step, mask = metadata.step, service.mask
         key_starts, longest = step.query_starts, step.max_query
         if forward_batch.attn_attend_prefix_cache:
             chunk = forward_batch.prefix_chunk_idx
@@ -587,9 +570,9 @@ class TautBackend(AttentionBackend):
         wants_lse = bool(getattr(forward_batch, "mha_return_lse", False))
         lse = query.new_empty(query.shape[:2], dtype=torch.float32) if wants_lse else None
         out, view = self._output(q, query.shape[0], problem, forward_batch)
-        plan.kernels.ragged_attention(
-            query, key, value, step.query_starts, key_starts, mask, view,
-            scale=plan.scale, max_query=step.max_query, max_length=longest, lse=lse, workspace=self._workspace(plan),
+        service.kernels.ragged_attention(
+            query, key, value, step.query_starts, key_starts, mask, view, scale=service.scale,
+            max_query=step.max_query, max_length=longest, lse=lse, workspace=self._workspace(service),
         )  # fmt: skip
         return (view, lse) if wants_lse else out
 
@@ -620,11 +603,6 @@ def most_tokens(arguments: Any) -> int:
     """The most tokens that a forward is to be expected to have; a longer one is made room for when it comes."""
     chunk = getattr(arguments, "chunked_prefill_size", None) or 0
     return max(chunk, 8192) if chunk > 0 else int(getattr(arguments, "max_prefill_tokens", None) or 16384)
-
-
-def kind_of(plan: Plan) -> str:
-    """ "dense" or "MLA", for the log."""
-    return "MLA" if plan.absorbed or plan.ragged else "dense"
 
 
 def mla_form(layer: Any, forward_batch: Any) -> Any:

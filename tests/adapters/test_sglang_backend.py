@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -124,8 +125,8 @@ def test_a_layer_costs_its_kernels_and_nothing_else(offered: bool) -> None:
     made = runner(attention)
     ours = backend.TautBackend(made)
     calls: list[str] = []
-    ours.plans[attention, 1] = backend.replace(
-        ours.plans[attention, 1],
+    ours.services[attention, 1] = replace(
+        ours.services[attention, 1],
         kernels=SimpleNamespace(
             workspace=reference.workspace,
             store_kv=lambda *_, **__: calls.append("store_kv"),
@@ -292,7 +293,7 @@ def test_kernels_are_cut_for_the_queries_of_a_row() -> None:
     """One for decode, as many as are verified, and any number for prompts; each with a workspace of its own."""
     attention = layer(sliding_window_size=4)
     ours = backend.TautBackend(runner(attention, speculative_num_draft_tokens=3))
-    problems = {queries: ours.plans[attention, queries].problem for queries in (0, 1, 3)}
+    problems = {queries: ours.services[attention, queries].problem for queries in (0, 1, 3)}
     assert {queries: problem.max_query for queries, problem in problems.items()} == {0: 0, 1: 1, 3: 3}
     assert all(problem.left == 4 for problem in problems.values())
     assert {problem.max_query for problem, _ in ours.workspaces} == {0, 1, 3}
