@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, cast
 
 from taut.common_kernels.problem import OPERATIONS, Capability
 from taut.common_kernels.providers import KernelProvider, hookimpl
+from taut.common_kernels.step import DECODE_QUERIES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,6 +70,7 @@ TRITON = KernelProvider(
     ),
     load=_load_portable,
     requires=("torch", "triton"),
+    query_limits=(DECODE_QUERIES,),
 )
 
 
@@ -134,6 +136,7 @@ HOPPER = KernelProvider(
     load=_load_hopper,
     requires=("torch", "triton"),
     automatic_on=SM_90,
+    query_limits=(DECODE_QUERIES,),
     probe=_missing_of_gluon,
 )
 

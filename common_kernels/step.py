@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+# A row of a step with more queries than this is prefilled, by kernels of their own where a provider has such.
+DECODE_QUERIES = 16
+
 
 @dataclass(frozen=True)
 class PageTable:

@@ -30,7 +30,6 @@ from taut.common_kernels.float8 import decode
 from taut.common_kernels.merge.triton_launch import merge_items
 from taut.common_kernels.schedule.reference import ScheduleShape, most_items, parts_that_fit
 from taut.common_kernels.schedule.triton_launch import launch_options, load_first_item, load_item, load_part, tiles_of
-from taut.common_kernels.step import PageTable, Step
 from taut.common_kernels.tiles import table_for
 from taut.common_kernels.workspace import ScheduledWorkspace, device_facts
 
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
 
     from taut.common_kernels.kernels import Workspace
     from taut.common_kernels.problem import Problem
+    from taut.common_kernels.step import Step
     from taut.common_kernels.tiles import Tile, TileTable
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -477,60 +477,6 @@ def mla_workspace(
         facts.dependent_launch,
         device,
     )
-
-
-def warm_up(
-    problem: Problem,
-    workspace: MlaWorkspace,
-    cache: Tensor,
-    pages: PageTable,
-    max_rows: int,
-    *,
-    lse: bool = False,
-    cache_scale: Tensor | None = None,
-) -> None:
-    """Compile everything that steps of a model can need, so that nothing compiles while it serves.
-
-    Runs steps without keys, of 1, 2, 4, ... rows: the merge and the schedule are compiled for the number of rows, the
-    attention only once. The cache is not read and not written.
-
-    Args:
-        problem: the model's.
-        workspace: made for it; what was prepared in it is lost.
-        cache: the model's, since kernels are compiled for its strides.
-        pages: as the steps will have it; of `rows` only the type counts.
-        max_rows: the most rows of a step.
-        lse: whether it will be asked for.
-        cache_scale: as it will be given.
-    """
-    device, heads, rank = cache.device, problem.q_heads, problem.value_size
-    queries = max(1, problem.max_query)
-    dtype = getattr(torch, problem.dtype)
-    sizes = sorted({min(1 << i, max_rows) for i in range(max_rows.bit_length() + 1)})
-    for rows in sizes:
-        tokens = rows * queries
-        step = Step(
-            torch.arange(0, tokens + 1, queries, dtype=torch.int32, device=device),
-            torch.zeros(rows, dtype=torch.int32, device=device),
-            PageTable(pages.table, pages.page_size, None if pages.rows is None else pages.rows.new_zeros(rows)),
-            queries,
-            1,
-        )
-        q_nope = torch.zeros(tokens, heads, rank, dtype=dtype, device=device)
-        q_pe = torch.zeros(tokens, heads, problem.head_size - rank, dtype=dtype, device=device)
-        workspace.prepare(step)
-        mla_decode(
-            q_nope,
-            q_pe,
-            cache,
-            step,
-            torch.empty_like(q_nope),
-            scale=1.0,
-            causal="non_causal" not in problem.features,
-            lse=torch.empty(tokens, heads, device=device) if lse else None,
-            cache_scale=cache_scale,
-            workspace=workspace,
-        )
 
 
 def mla_decode(
