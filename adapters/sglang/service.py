@@ -18,6 +18,7 @@ from taut.common_kernels.targets import target_of
 
 if TYPE_CHECKING:
     from taut.common_kernels.kernels import Kernels
+    from taut.common_kernels.providers import KernelProvider
 
 ENCODER = "encoder_only"
 BIDIRECTIONAL = "decoder_bidirectional"
@@ -62,7 +63,7 @@ class Service:
     """
 
     problem: Problem
-    provider: str
+    provider: KernelProvider
     kernels: Kernels
     mask: Mask
     scale: float
@@ -119,8 +120,17 @@ class Services(dict[tuple[Any, int], Service]):
     def __missing__(self, asked: tuple[Any, int]) -> Service:
         layer, queries = asked
         service = self._add(layer, queries, self.get((layer, 0)) or service_of(layer, self.around))
-        selection.announce(service.kind, service.provider)
+        selection.announce(service.kind, service.provider.name)
         return service
+
+    def widest_window(self, default: int) -> int:
+        """How far back a layer of the windowed part of a hybrid pool sees at most; `default` where there is none."""
+        return max((service.mask.left for service in self.values() if service.windowed_pool), default=default)
+
+    def announce(self) -> None:
+        """Log who serves, once for each kind of layer and provider."""
+        for service in self.values():
+            selection.announce(service.kind, service.provider.name)
 
     def _judge(self, layer: Any, queries: list[int]) -> list[str]:
         """Why a layer cannot be served; nothing where it can."""
@@ -149,13 +159,13 @@ def service_of(layer: Any, around: Surroundings) -> Service:
     if reasons:
         raise ValueError("; ".join(reasons))
     problem = problem_of_layer(layer, around)
-    choice = registry().choose(problem, around.kernels)
+    provider = registry().choose(problem, around.kernels).provider
     left = window(layer)
     causal = "causal" in problem.features
     return Service(
         problem=problem,
-        provider=choice.provider.name,
-        kernels=choice.provider.kernels,
+        provider=provider,
+        kernels=provider.kernels,
         # As far after the query as before it where the layer sees both ways.
         mask=Mask(causal, left, -1 if causal else left, float(layer.logit_cap or 0.0)),
         scale=float(layer.scaling),
@@ -177,7 +187,7 @@ def bounded(service: Service, queries: int, kernels: str) -> Service:
         return service
     problem = replace(service.problem, max_query=queries)
     provider = registry().choose(problem, kernels).provider
-    return replace(service, problem=problem, provider=provider.name, kernels=provider.kernels)
+    return replace(service, problem=problem, provider=provider, kernels=provider.kernels)
 
 
 def refusals(layer: Any, around: Surroundings) -> list[str]:

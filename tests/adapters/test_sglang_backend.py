@@ -18,7 +18,8 @@ from sglang.srt.speculative.spec_info import SpecInputType
 
 from taut.adapters.engine import Selection
 from taut.adapters.sglang import backend, selection
-from taut.adapters.sglang.steps import Steps, batch_of
+from taut.adapters.sglang.batch import batch_of
+from taut.adapters.sglang.builder import Steps
 from taut.common_kernels import reference
 
 HEADS, KV_HEADS, SIZE, SLOTS, CONTEXT, REQUESTS = 6, 2, 32, 96, 40, 5
@@ -296,7 +297,7 @@ def test_kernels_are_cut_for_the_queries_of_a_row() -> None:
     problems = {queries: ours.services[attention, queries].problem for queries in (0, 1, 3)}
     assert {queries: problem.max_query for queries, problem in problems.items()} == {0: 0, 1: 1, 3: 3}
     assert all(problem.left == 4 for problem in problems.values())
-    assert {problem.max_query for problem, _ in ours.workspaces} == {0, 1, 3}
+    assert {problem.max_query for problem, _ in ours.builder.workspaces} == {0, 1, 3}
     made = runner(attention, speculative_num_draft_tokens=3)
     for mode, queries in (
         (ForwardMode.DECODE, [1, 1]),
@@ -323,8 +324,8 @@ def test_warm_up_runs_every_kind_of_step_and_leaves_the_cache_alone(monkeypatch:
     ours.warm_up()
     decode = [(rows, rows, 1) for rows in (1, 2, 4)]
     verify = [(rows, 3 * rows, 3) for rows in (1, 2, 4)]
-    prompts = [(1, 1, 1 << power) for power in range(ours.max_tokens.bit_length())]
-    assert prompts[-1][2] == ours.max_tokens
+    prompts = [(1, 1, 1 << power) for power in range(ours.builder.max_tokens.bit_length())]
+    assert prompts[-1][2] == ours.builder.max_tokens
     assert sorted(steps) == sorted([*decode, *verify, *prompts, (4, 4, 1)])
     assert made.token_to_kv_pool.keys.isnan().all()
     assert ours.forward_metadata is None
@@ -361,10 +362,10 @@ def test_sinks_are_converted_once() -> None:
     attention = layer()
     ours = backend.TautBackend(runner(attention))
     sinks = torch.randn(HEADS, dtype=torch.bfloat16)
-    kept = ours._float_sinks(attention, sinks)
-    assert ours._float_sinks(attention, sinks) is kept
+    kept = ours.attention._float_sinks(attention, sinks)
+    assert ours.attention._float_sinks(attention, sinks) is kept
     sinks.add_(1)  # as when weights are loaded anew
-    assert torch.equal(ours._float_sinks(attention, sinks), sinks.float())
+    assert torch.equal(ours.attention._float_sinks(attention, sinks), sinks.float())
 
 
 def test_a_float8_cache_is_read_with_its_scales_and_never_cast() -> None:

@@ -68,7 +68,7 @@ def test_each_step_sees_what_the_steps_before_it_appended(how: str, window: int)
     drafts = TautDraftBackend(made, STEPS)
     assert len(drafts.attn_backends) == STEPS - 1
     for backend in drafts.attn_backends:
-        assert {problem.max_query for problem, _ in backend.workspaces} == {1}  # no room for prompts
+        assert {problem.max_query for problem, _ in backend.builder.workspaces} == {1}  # no room for prompts
         backend.warm_up()
     forward = batch(made, ForwardMode.EXTEND, LENGTHS, LENGTHS)
     target.init_forward_metadata(forward)
