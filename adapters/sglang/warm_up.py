@@ -1,7 +1,6 @@
 """Before SGLang serves, each kind of layer runs over each kind of idle step: nothing compiles while the model serves.
 
-Kernels are compiled for powers of two: of rows with one query each, and of the most queries of a row that the host
-promises, not for how many there are.
+The steps come from `common_kernels.warm_up`; here they become metadata of ours and calls of SGLang's layers.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from taut.adapters.sglang.batch import Batch
-from taut.common_kernels.compiling import compile_ahead, powers
+from taut.common_kernels.warm_up import IdleStep, prompt_steps, uniform_steps, warm_up
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,41 +37,41 @@ def warm_up_layers(attention: Attention, max_rows: int, *, prompts: bool) -> Non
         for layer in kinds.values():
             _run_layer(attention, layer, min(max_rows, MOST_IDLE_ROWS), prompts=prompts)
 
-    if services.around.device.type == "cuda":
-        compile_ahead(run)
-    run()
+    warm_up(run, services.around.device)
 
 
 def _run_layer(attention: Attention, layer: Any, max_rows: int, *, prompts: bool) -> None:
-    builder = attention.builder
-    contiguous = attention.services[layer, 1].problem.operation == "ragged_attention"
-    # Rows, and the most queries of one.
-    promised = [(1, longest) for longest in powers(builder.max_tokens)] + [(max_rows, 1)] if prompts else []
-    for rows, longest in promised[:1] if contiguous else promised:  # one kernel for whatever is promised
-        _run_step(attention, layer, rows, 0, longest)
-    for rows in powers(max_rows) if not contiguous else ():
-        for queries in builder.usual_queries:
-            _run_step(attention, layer, rows, queries, queries)
+    builder, services = attention.builder, attention.services
+    if services[layer, 1].problem.operation == "ragged_attention":
+        steps_of_prompts, uniform = [IdleStep(1, 1)], []  # one kernel for whatever is promised
+    else:
+        limits = services[layer, 0].provider.query_limits if prompts else ()
+        steps_of_prompts = prompt_steps(max_rows, builder.max_tokens, limits)
+        uniform = uniform_steps(max_rows, builder.usual_queries)
+    for step in steps_of_prompts if prompts else ():
+        _run_step(attention, layer, step, uniform=False)
+    for step in uniform:
+        _run_step(attention, layer, step, uniform=True)
 
 
-def _run_step(attention: Attention, layer: Any, rows: int, queries: int, longest: int) -> None:
-    """One step of rows without keys through one layer, with tensors laid out as SGLang's models hand them over.
+def _run_step(attention: Attention, layer: Any, step: IdleStep, *, uniform: bool) -> None:
+    """One idle step through one layer, with tensors laid out as SGLang's models hand them over.
 
     Args:
         attention: what the layers call.
         layer: of SGLang's.
-        rows: how many.
-        queries: of each row; 0 for prompts, of one query each.
-        longest: the most queries of a row that are promised.
+        step: which.
+        uniform: whether the host knows that all rows have the same number of queries.
     """
     builder, service, around = attention.builder, attention.services[layer, 1], attention.services.around
-    tokens, zeros = rows * (queries or 1), torch.zeros(rows, dtype=torch.int64, device=around.device)
-    counts = None if queries else torch.ones(rows, dtype=torch.int32, device=around.device)
-    metadata = builder.steps.metadata(Batch(zeros, zeros, tokens, queries, counts, longest))
+    zeros = torch.zeros(step.rows, dtype=torch.int64, device=around.device)
+    counts = None if uniform else torch.ones(step.rows, dtype=torch.int32, device=around.device)
+    queries = step.queries if uniform else 0
+    metadata = builder.steps.metadata(Batch(zeros, zeros, step.tokens, queries, counts, step.max_query))
     builder.prepare(metadata)
     problem = service.problem
-    query = torch.zeros(tokens, problem.q_heads, problem.head_size, dtype=around.dtype, device=around.device)
-    key = torch.zeros(tokens, problem.kv_heads, problem.head_size, dtype=around.dtype, device=around.device)
+    query = torch.zeros(step.tokens, problem.q_heads, problem.head_size, dtype=around.dtype, device=around.device)
+    key = torch.zeros(step.tokens, problem.kv_heads, problem.head_size, dtype=around.dtype, device=around.device)
     value, parts = key[..., : problem.value_size], {}
     if service.absorbed:
         parts = {"q_rope": query[..., problem.value_size :], "k_rope": key[..., problem.value_size :]}
@@ -83,7 +82,7 @@ def _run_step(attention: Attention, layer: Any, rows: int, queries: int, longest
         value = _beside_keys(key, problem, attention)
     for chunk, wants_lse in forms:
         forward = SimpleNamespace(
-            out_cache_loc=torch.full((tokens,), -1, dtype=torch.int64, device=around.device),
+            out_cache_loc=step.no_slots(around.device),
             extend_prefix_lens_cpu=None,
             attn_attend_prefix_cache=chunk,
             mha_return_lse=wants_lse,
