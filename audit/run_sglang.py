@@ -69,7 +69,7 @@ class Audited:
         backend = runner.attn_backend
         layers = _layers(runner)
         device = torch.device(runner.device).type
-        self.trace = Trace(device, modules_of([backend, *getattr(backend, "parts", ())]))
+        self.trace = Trace(device, modules_of([backend, *getattr(backend, "delegates", ())]))
         self.found = Run(
             asked=request.asked,
             engine="sglang",

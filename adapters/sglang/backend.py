@@ -42,7 +42,7 @@ class TautBackend(AttentionBackend):
         max_context_len: tokens that a request may have at most: what SGLang makes the mask of drafts by, where the host
             does not know lengths.
         services: how each layer is served.
-        parts: whose code is this backend's as well: `taut audit` tells its lines from those of the kernels.
+        delegates: who does its work: to `taut audit` their lines are the backend's own.
     """
 
     needs_cpu_seq_lens = False
@@ -74,7 +74,7 @@ class TautBackend(AttentionBackend):
         steps = Steps(table, max_rows + 1, bridge.slot_translation(self.token_to_kv_pool), window)
         self.builder = Builder(steps, self.services, usual_queries, most_tokens(arguments))
         self.attention = Attention(self.builder)
-        self.parts = self.builder, self.attention
+        self.delegates = self.builder, self.attention
         if around.mla:
             bridge.register_mla(mla_form)
         self.services.announce()

@@ -128,13 +128,13 @@ class Builder:
     Args:
         steps: makes their steps.
         services: of the model's layers; each gets its workspace.
-        usual_queries: of each row in the steps that come again and again, for which kernels are cut.
+        usual_queries: of each row in the steps that come again and again, which have kernels of their own.
         max_tokens: that a forward is to be expected to have; a longer one is made room for when it comes.
 
     Attributes:
         workspaces: by problem, and by whether its keys are windowed.
-        captured: by mode and rows, the metadata that graphs hold, the last one captured last. Kept as long as this is:
-            graphs read what they own.
+        captured: by mode and rows, the metadata of each graph, in the order of capture. It is never dropped, since
+            graphs read what it holds.
     """
 
     def __init__(self, steps: Steps, services: Services, usual_queries: list[int], max_tokens: int) -> None:
@@ -159,17 +159,17 @@ class Builder:
         self.steps.fill(metadata)
         metadata.windowed_slots = metadata.whole_starts = None
         for key, workspace in self.workspaces.items():
-            if key[0].max_query == self.cut_for(metadata):
+            if key[0].max_query == self.max_query(metadata):
                 metadata.prepared.setdefault(key, workspace)
         for (_, windowed), workspace in metadata.prepared.items():
             workspace.prepare(metadata.windowed if windowed and metadata.windowed else metadata.step)
 
     def keep(self, mode: Any, metadata: TautMetadata) -> None:
-        """Keep what a graph reads as long as we are."""
+        """Keep what a graph reads."""
         self.captured.setdefault((mode, metadata.batch.rows), []).append(metadata)
 
-    def cut_for(self, metadata: TautMetadata) -> int:
-        """For how many queries of a row the kernels of a step are cut: 0 for any number."""
+    def max_query(self, metadata: TautMetadata) -> int:
+        """The most queries of a row that the kernels of a step are made for: 0 for any number."""
         return metadata.batch.queries if metadata.batch.queries in self.usual_queries else 0
 
     def ready(self, service: Service, metadata: TautMetadata) -> tuple[Step, Workspace]:

@@ -71,7 +71,7 @@ class Attention:
         ]
         if unknown:
             raise ValueError(selection.refusal(unknown))
-        service = self.services[layer, self.builder.cut_for(metadata)]
+        service = self.services[layer, self.builder.max_query(metadata)]
         if sinks is not None and (service.absorbed or service.ragged):
             raise ValueError(selection.refusal(["sinks of MLA (sinks) are not supported"]))
         if service.absorbed:

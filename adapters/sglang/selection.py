@@ -1,4 +1,4 @@
-"""Whether we serve: what SGLang was asked for, and what it resolved, held against what our kernels do.
+"""Whether we serve: what SGLang was asked for and what it resolved, judged by what our kernels can do.
 
 A model is judged twice: by its configuration, before SGLang resolves its arguments, so that SGLang can still choose as
 it would without us; and layer by layer, when the backend is built in the process that runs the model.

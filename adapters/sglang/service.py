@@ -100,7 +100,7 @@ class Services(dict[tuple[Any, int], Service]):
     Args:
         layers: of the model.
         around: what they share.
-        queries: of a row, that kernels are cut for.
+        queries: numbers of queries of a row that kernels are made for.
 
     Raises:
         ValueError: not all can be served; the message holds every reason once.
@@ -176,7 +176,7 @@ def service_of(layer: Any, around: Surroundings) -> Service:
 
 
 def bounded(service: Service, queries: int, kernels: str) -> Service:
-    """The same layer in steps whose rows have at most so many queries, which kernels are cut for.
+    """The same layer in steps whose rows have at most so many queries, which kernels are made for.
 
     Args:
         service: in steps whose rows may have any number.

@@ -72,9 +72,9 @@ def _run_step(attention: Attention, layer: Any, step: IdleStep, *, uniform: bool
     problem = service.problem
     query = torch.zeros(step.tokens, problem.q_heads, problem.head_size, dtype=around.dtype, device=around.device)
     key = torch.zeros(step.tokens, problem.kv_heads, problem.head_size, dtype=around.dtype, device=around.device)
-    value, parts = key[..., : problem.value_size], {}
+    value, ropes = key[..., : problem.value_size], {}
     if service.absorbed:
-        parts = {"q_rope": query[..., problem.value_size :], "k_rope": key[..., problem.value_size :]}
+        ropes = {"q_rope": query[..., problem.value_size :], "k_rope": key[..., problem.value_size :]}
         query, key = query[..., : problem.value_size], value
     forms = [(False, False)]  # whether keys are a chunk of a prefix, and whether the LSE is wanted
     if service.ragged:
@@ -90,7 +90,7 @@ def _run_step(attention: Attention, layer: Any, step: IdleStep, *, uniform: bool
             prefix_chunk_cu_seq_lens=[metadata.step.query_starts],
             prefix_chunk_max_seq_lens=[builder.max_tokens],
         )
-        attention.attend(query, key, value, layer, forward, metadata, not service.ragged, **parts)
+        attention.attend(query, key, value, layer, forward, metadata, not service.ragged, **ropes)
 
 
 def _beside_keys(key: Tensor, problem: Problem, attention: Attention) -> Tensor:

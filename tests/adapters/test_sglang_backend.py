@@ -290,7 +290,7 @@ def test_a_captured_prompt_is_made_ready_before_each_replay() -> None:
     assert step.query_starts.tolist() == [0, 5, 6]
 
 
-def test_kernels_are_cut_for_the_queries_of_a_row() -> None:
+def test_kernels_are_made_for_the_queries_of_a_row() -> None:
     """One for decode, as many as are verified, and any number for prompts; each with a workspace of its own."""
     attention = layer(sliding_window_size=4)
     ours = backend.TautBackend(runner(attention, speculative_num_draft_tokens=3))
@@ -472,6 +472,12 @@ def test_what_cannot_be_served_is_refused_before_it_is(
         setattr(made.server_args, name, value)
     with pytest.raises(ValueError, match=says):
         backend.TautBackend(made)
+
+
+def test_every_layers_reason_is_named_once() -> None:
+    both = layer(pos_encoding_mode="ALIBI"), layer(pos_encoding_mode="ALIBI"), layer(is_cross_attention=True)
+    with pytest.raises(ValueError, match=r"^[^;]*: pos_encoding_mode=ALIBI [^;]*; cross attention [^;]*$"):
+        backend.TautBackend(runner(*both))
 
 
 def test_a_temperature_by_position_is_refused() -> None:
