@@ -10,11 +10,13 @@ MODEL := .models/SmolLM2-135M-Instruct
 PIP := $(BIN)/python -m pip --disable-pip-version-check install $(shell [ -t 2 ] || echo -q)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit kernels mutants contract engines sglang sglang-demo sglang-releases sglang-contract environment model clean
+.PHONY: help demo test set-up lint unit interpreter emulated compiled kernels compile exhaustive mutants contract engines sglang sglang-demo sglang-releases sglang-contract environment model clean
 
 help:
 	@echo "make demo   text from a real engine, its own attention beside ours (sets everything up first)"
-	@echo "make test   lint, types and all tests (the same)"
+	@echo "make test   lint, types and the tests (the same)"
+	@echo "make compile  every kernel compiled for every GPU target; make test compiles a cross-section for some"
+	@echo "make exhaustive  every test that make test leaves out for its time"
 	@echo "make sglang  the same for SGLang: its CPU engine, in an environment of its own"
 	@echo "make sglang-demo  the demo with SGLang, in that environment"
 	@echo "make sglang-releases  the same on four other releases of SGLang (fetches 520 MB once)"
@@ -26,7 +28,11 @@ demo: $(VENV)/engine.done $(MODEL)/config.json
 	@echo "==> generating with the engine's own attention and with ours"
 	@$(BIN)/taut demo --model $(MODEL)
 
-test: lint unit kernels engines
+# Each part's seconds are printed at the end.
+test:
+	@sh tools/parts.sh "$(MAKE)" set-up lint unit interpreter emulated compiled engines
+
+set-up: $(VENV)/tests.done $(MODEL)/config.json
 
 lint: $(VENV)/tests.done
 	@echo "==> lint, format, types, and who imports whom"
@@ -41,14 +47,33 @@ unit: $(VENV)/tests.done
 	$(BIN)/python -m pytest -q tests/unit tests/reference tests/adapters tests/package
 
 # Triton's interpreter must be chosen before triton is imported, the emulator before Gluon is, and compiling needs both
-# off: a process for each. All compute without threads: two workers.
-kernels: $(VENV)/tests.done
+# off: a process for each. All compute without threads: two workers. What is marked exhaustive is left out.
+QUICK := -m "not exhaustive"
+
+kernels: interpreter emulated compiled
+
+interpreter: $(VENV)/tests.done
 	@echo "==> the Triton kernels under the interpreter, on the CPU, against the reference"
-	$(BIN)/python -m pytest -q -n 2 tests/interpreter
+	$(BIN)/python -m pytest -q -n 2 $(QUICK) tests/interpreter
+
+emulated: $(VENV)/tests.done
 	@echo "==> the Gluon kernels emulated, on the CPU, in every order that nothing forbids"
-	$(BIN)/python -m pytest -q -n 2 tests/emulated
-	@echo "==> every kernel compiled for every GPU target, without a GPU"
+	$(BIN)/python -m pytest -q -n 2 $(QUICK) tests/emulated
+
+compiled: $(VENV)/tests.done
+	@echo "==> every kernel compiled without a GPU: for three targets all instances, for the others a cross-section"
+	$(BIN)/python -m pytest -q -n 2 $(QUICK) tests/compile
+
+# Not in `make test`, for the time it takes.
+compile: $(VENV)/tests.done
+	@echo "==> every instance of every kernel compiled for every GPU target, without a GPU"
 	$(BIN)/python -m pytest -q -n 2 tests/compile
+
+exhaustive: $(VENV)/tests.done $(MODEL)/config.json
+	@for folder in interpreter emulated compile integration; do \
+		echo "==> what make test leaves out of tests/$$folder"; \
+		$(BIN)/python -m pytest -q -n 2 --dist loadfile -m exhaustive tests/$$folder || [ $$? = 5 ] || exit 1; \
+	done
 
 # Not in `make test`, for it takes minutes: each wait and fence of the Hopper kernels left out, which must be noticed.
 mutants: $(VENV)/tests.done
@@ -63,7 +88,7 @@ contract: $(VENV)/tests.done
 # An engine's start is one thread's work: two of them side by side, each with the tests of whole files, which share runs.
 engines: $(VENV)/tests.done $(MODEL)/config.json
 	@echo "==> tests with the real engine and the real model"
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/integration
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(QUICK) tests/integration
 
 # Not in `make test`, for it takes minutes of its own: SGLang cannot live beside vLLM, so it gets another environment, and
 # stand-ins for two packages that have no build for CPUs.

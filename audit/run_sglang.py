@@ -69,14 +69,14 @@ class Audited:
         backend = runner.attn_backend
         layers = _layers(runner)
         device = torch.device(runner.device).type
-        self.trace = Trace(device, modules_of([backend]))
+        self.trace = Trace(device, modules_of([backend, *getattr(backend, "delegates", ())]))
         self.found = Run(
             asked=request.asked,
             engine="sglang",
             release=bridge.engine_version(),
             device=device_name(device),
             backend=class_name(backend),
-            kernels=next((plan.provider for plan in getattr(backend, "plans", {}).values()), ""),
+            kernels=next((service.provider.name for service in getattr(backend, "services", {}).values()), ""),
             interpreted=interpreted(),
             layers=[_facts(name, layer, runner) for name, layer in layers.items()],
             steps=self.trace.steps,

@@ -8,5 +8,6 @@
 | `paged_attention`, `mla_decode`, `store_kv`, `merge` | the operations; `reference.py` in each is its oracle |
 | `schedule`, `scratch`, `workspace` | equal shares of a step's work, decided on the device; room for splits |
 | `tiles` | tile tables per GPU, as data, looked up by pure functions |
+| `warm_up` | the steps that adapters run idle, so that nothing compiles while an engine serves |
 | `reference`, `portable`, `builtin` | the providers that come with this package |
 """

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 from taut.common_kernels.kernels import CONTRACT
 from taut.common_kernels.problem import OPERATIONS, Capability
 from taut.common_kernels.provider import KernelProvider, hookimpl
+from taut.common_kernels.step import DECODE_QUERIES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,6 +72,7 @@ TRITON = KernelProvider(
     ),
     load=_load_portable,
     requires=("torch", "triton"),
+    query_limits=(DECODE_QUERIES,),
     contract=CONTRACT,
 )
 
@@ -137,6 +139,7 @@ HOPPER = KernelProvider(
     load=_load_hopper,
     requires=("torch", "triton"),
     automatic_on=SM_90,
+    query_limits=(DECODE_QUERIES,),
     probe=_missing_of_gluon,
     contract=CONTRACT,
 )

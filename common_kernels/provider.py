@@ -40,6 +40,8 @@ class KernelProvider:
         automatic_on: the targets on which an automatic choice may take it, patterns as in `Capability.targets`;
             elsewhere it must be asked for by name.
         graphs: whether its operations can be captured in a CUDA graph and replayed with other lengths.
+        query_limits: numbers of queries of a row up to which one of its kernels serves, and past which another does: a
+            warm-up runs steps of each. Empty where its kernels change nowhere.
         probe: looks at what is installed, and gives every reason against it as a sentence; called once, and only where
             nothing else is against it, so that no process imports in vain what the probe does.
         contract: the version of `kernels.CONTRACT` that its kernels were written for, as a number of its own: one that
@@ -54,6 +56,7 @@ class KernelProvider:
     requires: tuple[str, ...] = ()
     automatic_on: tuple[str, ...] = ("any",)
     graphs: bool = True
+    query_limits: tuple[int, ...] = ()
     probe: Callable[[], Sequence[str]] = tuple
     contract: int = 1
 

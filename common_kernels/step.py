@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+# A row with more queries than this is prefilled: the built-in providers for GPUs have kernels of their own for that.
+DECODE_QUERIES = 16
+
 
 @dataclass(frozen=True)
 class PageTable:

@@ -79,6 +79,7 @@ class PagedCase:
         scales: of a quantised cache.
         forget_unseen: whether pages that lie whole before every query's window are replaced by page 0, all poison.
         lse: whether it is asked for.
+        others: as in `Problem`; `sinks` and `alibi` say whether there are any, `cache_dtype` is the queries' if empty.
     """
 
     lengths: tuple[int, ...]
@@ -89,7 +90,7 @@ class PagedCase:
     value_size: int = 16
     page_size: int = 16
     dtype: str = "float32"
-    cache_dtype: str = ""  # the queries' if empty
+    cache_dtype: str = ""
     layout: Layout = "separate"
     indirect: bool = False
     padded_rows: int = 0
@@ -202,6 +203,7 @@ class Inputs:
         values: per row, [n, Hk, V] float64.
         tokens: T, padding included.
         mask: as called.
+        device: where all of them lie, but for queries, keys and values.
     """
 
     case: PagedCase | MlaCase

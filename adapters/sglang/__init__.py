@@ -2,10 +2,13 @@
 
 | module | what it holds |
 | --- | --- |
-| `selection` | what is registered, and who is chosen when SGLang resolves its arguments |
-| `layers` | what a layer asks of our kernels, and why it cannot be served |
-| `steps` | SGLang's batches as steps of ours |
-| `backend` | the backend: metadata of both kinds, dense attention, MLA |
+| `registration` | what is registered: which class answers for which name |
+| `selection` | whether we serve what SGLang was asked for, and what it resolved |
+| `service` | how each layer is served: what it asks of our kernels, who answers, or why nobody does |
+| `batch`, `builder` | the step: SGLang's batch as data, and made ready for every layer |
+| `layer`, `forms` | the layer's call; which form of MLA it takes |
+| `warm_up` | the idle steps that run before SGLang serves |
+| `backend` | what SGLang asks of a backend, for dense models and for MLA |
 | `drafts` | the steps that a draft model runs ahead |
 | `bridge` | the ledger: every touch of SGLang's internals, and every difference between its releases |
 """
@@ -27,7 +30,7 @@ hookimpl = pluggy.HookimplMarker("taut")
 
 
 def _register(selection: Selection) -> None:
-    from taut.adapters.sglang.selection import register
+    from taut.adapters.sglang.registration import register
 
     register(selection)
 

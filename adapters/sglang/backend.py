@@ -1,4 +1,4 @@
-"""SGLang's attention on our kernels: one backend for dense models and for MLA, for both kinds of graph metadata.
+"""What SGLang asks of a backend: one for dense models and for MLA, for both kinds of graph metadata.
 
 A forward makes one `Step` out of tensors that SGLang already has on the device: nothing is waited for on the host. A
 layer then stores its new keys and values straight into SGLang's pool and calls one operation, which writes into the
@@ -7,34 +7,26 @@ tensor that SGLang offers for its output, or into a new one that nobody fills.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
-from taut.adapters.sglang import bridge, layers, selection
-from taut.adapters.sglang.steps import Batch, Steps, TautMetadata, batch_of, refuse_trees
-from taut.common_kernels.compiling import compile_ahead, powers
-from taut.common_kernels.providers import registry
+from taut.adapters.sglang import bridge, selection
+from taut.adapters.sglang.batch import Batch, batch_of, refuse_trees
+from taut.adapters.sglang.builder import Builder, Steps, TautMetadata
+from taut.adapters.sglang.forms import mla_form
+from taut.adapters.sglang.layer import Attention
+from taut.adapters.sglang.service import Services, Surroundings
+from taut.adapters.sglang.warm_up import warm_up_layers
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from taut.adapters.sglang.layers import Plan
-    from taut.common_kernels.kernels import Workspace
-    from taut.common_kernels.problem import Problem
-    from taut.common_kernels.step import Step
-
-log = logging.getLogger("taut.sglang")
-
-MOST_IDLE_ROWS = 1024  # of the warm-up, whose queries and outputs must find room
-
 
 class TautBackend(AttentionBackend):
-    """What SGLang asks of a backend.
+    """The backend of a model.
 
     Args:
         model_runner: SGLang's; its model is loaded and its pools are made.
@@ -49,6 +41,8 @@ class TautBackend(AttentionBackend):
         forward_metadata: of the forward that is running.
         max_context_len: tokens that a request may have at most: what SGLang makes the mask of drafts by, where the host
             does not know lengths.
+        services: how each layer is served.
+        delegates: who does its work: to `taut audit` their lines are the backend's own.
     """
 
     needs_cpu_seq_lens = False
@@ -59,77 +53,46 @@ class TautBackend(AttentionBackend):
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.forward_metadata: TautMetadata | None = None
-        self.max_context_len = int(self.req_to_token_pool.req_to_token.shape[1])
+        table = self.req_to_token_pool.req_to_token
+        self.max_context_len = int(table.shape[1])
         arguments = model_runner.server_args
         reasons = selection.argument_refusals(arguments) + bridge.sparse_refusal(model_runner)
         if reasons:
             raise ValueError(selection.refusal(reasons))
-        self.device = torch.device(model_runner.device)
-        if self.device.type == "cuda" and self.device.index is None:
-            self.device = torch.device("cuda", torch.cuda.current_device())
-        self.around = layers.Surroundings(
-            device=self.device,
-            dtype=model_runner.dtype,
-            cache_dtype=model_runner.kv_cache_dtype,
-            pool=self.token_to_kv_pool,
-            mla=bool(getattr(model_runner, "use_mla_backend", False)),
-            whole_prompts=getattr(arguments, "chunked_prefill_size", None) == -1,
-            kernels=selection.chosen().kernels,
-        )
-        self.max_tokens = most_tokens(arguments)
+        around = surroundings(model_runner)
+        self.device = around.device
         # Queries of each row in the steps that come again and again: decode, and verification where there are drafts.
         drafts = int(getattr(arguments, "speculative_num_draft_tokens", None) or 0)
-        self.usual_queries = [1] if ahead else sorted({1, drafts or 1})
+        usual_queries = [1] if ahead else sorted({1, drafts or 1})
         verified = 0 if getattr(model_runner, "is_draft_worker", False) else drafts
-        self._verify_mask = bridge.unread_verify_mask(
-            verified, int(self.req_to_token_pool.size), self.max_context_len, self.device
-        )
-        self.workspaces: dict[tuple[Problem, bool], Workspace] = {}
-        # By mode and rows, the last one captured last. Kept as long as we are: graphs read what these own.
-        self.captured: dict[tuple[Any, int], list[TautMetadata]] = {}
-        self._workspace_rows = 0
-        self._sinks: dict[Any, tuple[Tensor, int | None]] = {}
+        max_rows = int(self.req_to_token_pool.size)
+        self._verify_mask = bridge.unread_verify_mask(verified, max_rows, self.max_context_len, self.device)
         found = bridge.attention_layers(getattr(model_runner, "model", None))
-        # By layer and queries of a row, 0 for any number, which no step ahead has.
-        self.plans: dict[tuple[Any, int], Plan] = {}
-        counts = self.usual_queries if ahead else [0, *self.usual_queries]
-        try:
-            for layer, plan in layers.judge(found, self.around).items():
-                for queries in counts:
-                    self.plans[layer, queries] = layers.bounded(plan, queries, self.around.kernels)
-        except ValueError as error:
-            raise ValueError(selection.refusal([str(error)])) from error
-        translation = bridge.slot_translation(self.token_to_kv_pool)
-        windowed = [plan for plan in self.plans.values() if plan.windowed_pool]
-        self.first_windowed = next((layer for (layer, _), plan in self.plans.items() if plan.windowed_pool), None)
-        self.steps = Steps(
-            self.req_to_token_pool.req_to_token,
-            int(self.req_to_token_pool.size) + 1,
-            translation,
-            max(
-                (plan.mask.left for plan in windowed), default=int(getattr(model_runner, "sliding_window_size", 0) or 0)
-            ),
-        )
-        for plan in self.plans.values():
-            self._workspace(plan)
-        if self.around.mla:
+        # No step ahead has any number of queries.
+        self.services = Services(found, around, usual_queries if ahead else [0, *usual_queries])
+        window = self.services.widest_window(default=int(getattr(model_runner, "sliding_window_size", 0) or 0))
+        steps = Steps(table, max_rows + 1, bridge.slot_translation(self.token_to_kv_pool), window)
+        self.builder = Builder(steps, self.services, usual_queries, most_tokens(arguments))
+        self.attention = Attention(self.builder)
+        self.delegates = self.builder, self.attention
+        if around.mla:
             bridge.register_mla(mla_form)
-        for kind, provider in dict.fromkeys((kind_of(plan), plan.provider) for plan in self.plans.values()):
-            selection.announce(kind, provider)
+        self.services.announce()
         if self.device.type == "cuda":
             self.warm_up()
 
-    # Metadata
+    def warm_up(self) -> None:
+        """Run a layer of each kind over steps without keys, so that nothing compiles while the model serves."""
+        warm_up_layers(self.attention, int(self.req_to_token_pool.size), prompts=not self.ahead)
+
+    # The step
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Of a forward that no graph holds."""
         if forward_batch.batch_size == 0:
             self.forward_metadata = None
             return
-        metadata = self.steps.metadata(self._batch(forward_batch, in_graph=False))
-        self._make_room(metadata.batch)
-        self.forward_metadata = metadata
-        self._prepare(metadata)
+        self.forward_metadata = self.builder.build(self._batch(forward_batch, in_graph=False))
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """Before a graph is captured, and before it is replayed.
@@ -139,22 +102,22 @@ class TautBackend(AttentionBackend):
         """
         prompts = forward_batch.forward_mode.is_extend_without_speculative()
         if in_capture or prompts:
-            metadata = self.steps.metadata(self._batch(forward_batch, in_graph=True))
+            metadata = self.builder.steps.metadata(self._batch(forward_batch, in_graph=True))
             if in_capture:
-                self._keep(forward_batch.forward_mode, metadata)
+                self.builder.keep(forward_batch.forward_mode, metadata)
             self.forward_metadata = metadata
             if prompts:
-                self._prepare(metadata)
-        elif kept := self.captured.get((forward_batch.forward_mode, forward_batch.batch_size)):
+                self.builder.prepare(metadata)
+        elif kept := self.builder.captured.get((forward_batch.forward_mode, forward_batch.batch_size)):
             self.forward_metadata = kept[-1]
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
         """What a graph holds of the metadata: lengths and schedules, a launch each, out of the batch's own tensors."""
-        metadata = self.steps.metadata(self._batch(forward_batch, in_graph=True))
+        metadata = self.builder.steps.metadata(self._batch(forward_batch, in_graph=True))
         if self.device.type != "cuda" or torch.cuda.is_current_stream_capturing():  # not in the runs before a capture
-            self._keep(forward_batch.forward_mode, metadata)
+            self.builder.keep(forward_batch.forward_mode, metadata)
         self.forward_metadata = metadata
-        self._prepare(metadata)
+        self.builder.prepare(metadata)
 
     def init_forward_metadata_capture_cuda_graph(
         self,
@@ -179,9 +142,9 @@ class TautBackend(AttentionBackend):
             queries,
             queries if forward_mode.is_target_verify() else self.ahead,
         )
-        self.forward_metadata = metadata = self.steps.metadata(batch)
-        self._keep(forward_mode, metadata)
-        self._prepare(metadata)
+        self.forward_metadata = metadata = self.builder.steps.metadata(batch)
+        self.builder.keep(forward_mode, metadata)
+        self.builder.prepare(metadata)
 
     def init_forward_metadata_replay_cuda_graph(
         self,
@@ -196,9 +159,9 @@ class TautBackend(AttentionBackend):
         **__: Any,
     ) -> None:
         """Releases before 0.5.13: before a graph is replayed; its tensors lie where they lay when it was captured."""
-        self.forward_metadata = metadata = self.captured[forward_mode, bs][-1]
+        self.forward_metadata = metadata = self.builder.captured[forward_mode, bs][-1]
         metadata.batch = replace(metadata.batch, seq_lens=seq_lens[:bs])
-        self._prepare(metadata)
+        self.builder.prepare(metadata)
 
     def _batch(self, forward_batch: Any, *, in_graph: bool) -> Batch:
         return batch_of(forward_batch, in_graph=in_graph, ahead=self.ahead)
@@ -207,27 +170,19 @@ class TautBackend(AttentionBackend):
         """From 0.5.18 on: until when the scheduler must not write to `req_to_token`, which every layer reads."""
         return bridge.read_to_the_end(super().shared_read_ends(forward_mode))
 
-    def _keep(self, forward_mode: Any, metadata: TautMetadata) -> None:
-        """Keep what a graph reads as long as we are."""
-        self.captured.setdefault((forward_mode, metadata.batch.rows), []).append(metadata)
-
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *_: Any, **__: Any) -> None:
         """Room for whatever a graph holds, before the first is captured.
 
         Raises:
             ValueError: the kernels cannot be captured.
         """
-        for provider in {plan.provider for plan in self.plans.values()}:
-            if not next(p for p in registry().providers if p.name == provider).graphs:
+        for service in self.services.values():
+            if not service.provider.graphs:
                 raise ValueError(
-                    f"the kernels {provider!r} cannot be captured in a CUDA graph: set TAUT_KERNELS=auto, or start "
-                    "SGLang with --disable-cuda-graph"
+                    f"the kernels {service.provider.name!r} cannot be captured in a CUDA graph: set TAUT_KERNELS=auto, "
+                    "or start SGLang with --disable-cuda-graph"
                 )
-        self.steps.reserve(max_bs)
-        self.max_tokens = max(self.max_tokens, max_num_tokens)
-        self.workspaces.clear()
-        for plan in self.plans.values():
-            self._workspace(plan)
+        self.builder.reserve(max_bs, max_num_tokens)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         """The length of a padded request: one token, in the slot that SGLang keeps for nobody."""
@@ -245,117 +200,7 @@ class TautBackend(AttentionBackend):
     def update_verify_buffers_to_fill_after_draft(self, spec_info: Any, cuda_graph_bs: int | None) -> None:
         """Nothing depends on what the draft fills in."""
 
-    def warm_up(self) -> None:
-        """Run a layer of each kind over steps without keys, so that nothing compiles while the model serves.
-
-        Kernels are compiled for powers of two: of rows with one query each, and of the most queries of a row that the
-        host promises, not for how many there are.
-        """
-        if self.device.type == "cuda":
-            compile_ahead(self._run_idle_steps)
-        self._run_idle_steps()
-        self.forward_metadata = None
-
-    def _run_idle_steps(self) -> None:
-        most = min(int(self.req_to_token_pool.size), MOST_IDLE_ROWS)
-        kinds = {plan.problem: layer for (layer, queries), plan in self.plans.items() if queries == 1}
-        # Rows, and the most queries of one.
-        prompts = [] if self.ahead else [(1, longest) for longest in powers(self.max_tokens)] + [(most, 1)]
-        for layer in kinds.values():
-            contiguous = self.plans[layer, 1].problem.operation == "ragged_attention"
-            for rows, longest in prompts[:1] if contiguous else prompts:  # one kernel for whatever is promised
-                self._run_idle(layer, rows, 0, longest)
-            for rows in powers(most) if not contiguous else ():
-                for queries in self.usual_queries:
-                    self._run_idle(layer, rows, queries, queries)
-
-    def _run_idle(self, layer: Any, rows: int, queries: int, longest: int) -> None:
-        """One step of rows without keys through one layer.
-
-        Args:
-            layer: of SGLang's.
-            rows: how many.
-            queries: of each row; 0 for prompts, of one query each.
-            longest: the most queries of a row that are promised.
-        """
-        plan, tokens = self.plans[layer, 1], rows * (queries or 1)
-        nothing = torch.zeros(rows, dtype=torch.int64, device=self.device)
-        counts = None if queries else torch.ones(rows, dtype=torch.int32, device=self.device)
-        metadata = self.steps.metadata(Batch(nothing, nothing, tokens, queries, counts, longest))
-        self.forward_metadata = metadata
-        self._prepare(metadata)
-        problem, dtype = plan.problem, self.around.dtype
-        query = torch.zeros(tokens, problem.q_heads, problem.head_size, dtype=dtype, device=self.device)
-        key = torch.zeros(tokens, problem.kv_heads, problem.head_size, dtype=dtype, device=self.device)
-        value, parts = key[..., : problem.value_size], {}
-        if plan.absorbed:
-            parts = {"q_rope": query[..., problem.value_size :], "k_rope": key[..., problem.value_size :]}
-            query, key = query[..., : problem.value_size], value
-        forms = [(False, False)]  # whether keys are a chunk of a prefix, and whether the LSE is wanted
-        if plan.ragged:
-            forms += [(False, True), (True, True)]
-            value = self._beside_keys(key, problem)
-        for chunk, wants_lse in forms:
-            forward = SimpleNamespace(
-                out_cache_loc=torch.full((tokens,), -1, dtype=torch.int64, device=self.device),
-                extend_prefix_lens_cpu=None,
-                attn_attend_prefix_cache=chunk,
-                mha_return_lse=wants_lse,
-                prefix_chunk_idx=0,
-                prefix_chunk_cu_seq_lens=[metadata.step.query_starts],
-                prefix_chunk_max_seq_lens=[self.max_tokens],
-            )
-            self._attend(query, key, value, layer, forward, not plan.ragged, **parts)
-
-    def _beside_keys(self, key: Tensor, problem: Problem) -> Tensor:
-        """Values [T, Hk, V] as SGLang's projection leaves them: behind each head's key, whose rope lies elsewhere."""
-        latent = next((plan.problem for plan in self.plans.values() if plan.absorbed), None)
-        rope = latent.head_size - latent.value_size if latent else 0
-        both = key.new_zeros(*key.shape[:2], problem.head_size - rope + problem.value_size)
-        return both[..., problem.head_size - rope :]
-
-    def _make_room(self, batch: Batch) -> None:
-        """New workspaces if a batch is larger than any that was to be expected (padding under data parallelism)."""
-        if batch.tokens > self.max_tokens or self.steps.max_rows > self._workspace_rows:
-            self.max_tokens = max(self.max_tokens, batch.tokens)
-            self.workspaces.clear()
-            for plan in self.plans.values():
-                self._workspace(plan)
-
-    def _prepare(self, metadata: TautMetadata) -> None:
-        """Lengths and schedules of a step, a launch each; a graph's step keeps the workspaces that it began with."""
-        self.steps.fill(metadata)
-        metadata.windowed_slots = metadata.whole_starts = None
-        for key, workspace in self.workspaces.items():
-            if key[0].max_query == self._queries(metadata):
-                metadata.prepared.setdefault(key, workspace)
-        for (_, windowed), workspace in metadata.prepared.items():
-            workspace.prepare(metadata.windowed if windowed and metadata.windowed else metadata.step)
-
-    def _queries(self, metadata: TautMetadata) -> int:
-        """For how many queries of a row the kernels of a step are cut: 0 for any number."""
-        return metadata.batch.queries if metadata.batch.queries in self.usual_queries else 0
-
-    def _workspace(self, plan: Plan) -> Workspace:
-        """The workspace that a layer shares with all that ask for the same; made on first use.
-
-        Of layers whose keys are handed over it holds no schedule, only which tile table the user named.
-        """
-        key = plan.problem, plan.windowed_pool
-        if key not in self.workspaces:
-            rows = self._workspace_rows = self.steps.max_rows
-            bound = plan.problem.max_query
-            table = selection.chosen().table
-            self.workspaces[key] = plan.kernels.workspace(
-                plan.problem,
-                rows,
-                rows * bound if bound else max(self.max_tokens, rows),
-                str(self.device),
-                None if table is None else str(table),
-            )
-        return self.workspaces[key]
-
-    # Layers
+    # The layer
 
     def forward_decode(
         self,
@@ -368,7 +213,6 @@ class TautBackend(AttentionBackend):
         **asked: Any,
     ) -> Any:
         """One new token of each request."""
-        self._say_first_step()
         return self._attend(q, k, v, layer, forward_batch, save_kv_cache, **asked)
 
     def forward_extend(
@@ -382,13 +226,7 @@ class TautBackend(AttentionBackend):
         **asked: Any,
     ) -> Any:
         """Prompts and their chunks, mixed batches, verification and what a draft takes in."""
-        self._say_first_step()
         return self._attend(q, k, v, layer, forward_batch, save_kv_cache, **asked)
-
-    def _say_first_step(self) -> None:
-        """Said where SGLang calls, not in `_attend`, which the warm-up calls too."""
-        if self.forward_metadata is not None:
-            selection.say_first_step(self.forward_metadata.batch.rows, self.forward_metadata.batch.tokens)
 
     def _attend(
         self,
@@ -398,266 +236,31 @@ class TautBackend(AttentionBackend):
         layer: Any,
         forward_batch: Any,
         save_kv_cache: bool,
-        *,
-        sinks: Tensor | None = None,
-        q_rope: Tensor | None = None,
-        k_rope: Tensor | None = None,
-        **others: Any,
+        **asked: Any,
     ) -> Any:
-        unknown = [
-            f"the layer's argument {name} is not supported" for name, value in others.items() if value is not None
-        ]
-        if unknown:
-            raise ValueError(selection.refusal(unknown))
         metadata = self.forward_metadata
         assert metadata is not None
-        plan = self._plan(layer, self._queries(metadata))
-        if sinks is not None and (plan.absorbed or plan.ragged):
-            raise ValueError(selection.refusal(["sinks of MLA (sinks) are not supported"]))
-        if plan.absorbed:
-            return self._absorbed(q, k, layer, plan, forward_batch, metadata, save_kv_cache, q_rope, k_rope)
-        if q_rope is not None or k_rope is not None:
-            raise ValueError(
-                selection.refusal(["queries and keys in two parts (q_rope, k_rope) for a layer without MLA"])
-            )
-        if plan.ragged:
-            return self._unabsorbed(q, k, v, layer, plan, forward_batch, metadata, save_kv_cache)
-        return self._dense(q, k, v, layer, plan, forward_batch, metadata, save_kv_cache, sinks)
+        selection.say_first_step(metadata.batch.rows, metadata.batch.tokens)
+        return self.attention.attend(q, k, v, layer, forward_batch, metadata, save_kv_cache, **asked)
 
-    def _plan(self, layer: Any, queries: int) -> Plan:
-        """How a layer is served in steps whose rows have so many queries, 0 for any number; settled on first use."""
-        if (layer, queries) not in self.plans:
-            plan = self.plans.get((layer, 0)) or layers.plan(layer, self.around)
-            self.plans[layer, queries] = plan = layers.bounded(plan, queries, self.around.kernels)
-            selection.announce(kind_of(plan), plan.provider)
-            if self.first_windowed is None and plan.windowed_pool:
-                self.first_windowed = layer
-        return self.plans[layer, queries]
 
-    def _ready(self, plan: Plan, metadata: TautMetadata) -> tuple[Step, Workspace]:
-        """A layer's step and its workspace, which is prepared now if no layer has asked for it before."""
-        step = metadata.windowed if plan.windowed_pool and metadata.windowed else metadata.step
-        key = plan.problem, plan.windowed_pool
-        if key not in metadata.prepared:
-            workspace = self._workspace(plan)
-            workspace.prepare(step)
-            metadata.prepared[key] = workspace
-        return step, metadata.prepared[key]
-
-    def _slots(self, layer: Any, plan: Plan, forward_batch: Any, metadata: TautMetadata) -> Tensor:
-        """Where a layer's new tokens go."""
-        slots: Tensor = forward_batch.out_cache_loc
-        if not plan.windowed_pool:
-            return slots
-        if metadata.windowed_slots is None or layer is self.first_windowed:
-            assert self.steps.translation is not None
-            metadata.windowed_slots = self.steps.translation[slots]
-        return metadata.windowed_slots[: slots.shape[0]]
-
-    def _float_sinks(self, layer: Any, sinks: Tensor | None) -> Tensor | None:
-        """Sinks in float32, converted when they come and again when their weights were changed in place."""
-        if sinks is None or sinks.dtype == torch.float32:
-            return sinks
-        version = None if sinks.is_inference() else sinks._version
-        kept, of_version = self._sinks.get(layer, (None, None))
-        if kept is None:
-            kept = sinks.detach().float()
-        elif of_version != version:
-            kept.copy_(sinks)
-        self._sinks[layer] = kept, version
-        return kept
-
-    def _dense(
-        self,
-        q: Tensor,
-        k: Tensor | None,
-        v: Tensor | None,
-        layer: Any,
-        plan: Plan,
-        forward_batch: Any,
-        metadata: TautMetadata,
-        save_kv_cache: bool,
-        sinks: Tensor | None,
-    ) -> Tensor:
-        problem = plan.problem
-        query = q.view(-1, problem.q_heads, problem.head_size)
-        sinks = self._float_sinks(layer, sinks)
-        if (k is None) != (v is None):
-            raise ValueError(
-                selection.refusal(["keys without values, or values without keys (k, v), are not supported"])
-            )
-        if k is not None and v is not None:
-            k = k.view(-1, problem.kv_heads, problem.head_size)
-            v = v.view(-1, problem.kv_heads, problem.value_size)
-        out, view = self._output(q, query.shape[0], problem, forward_batch)
-        key_cache, value_cache = bridge.dense_cache(self.token_to_kv_pool, layer.layer_id)
-        if k is not None and v is not None and save_kv_cache:
-            slots = self._slots(layer, plan, forward_batch, metadata)
-            plan.kernels.store_kv(
-                k, v, key_cache, value_cache, slots, key_scale=plan.key_scale, value_scale=plan.value_scale
-            )
-        if plan.encoder:
-            if k is None or v is None or any(forward_batch.extend_prefix_lens_cpu or ()):
-                raise ValueError(selection.refusal(["an encoder's layer over keys that were cached before"]))
-            starts, longest = metadata.step.query_starts, metadata.step.max_query
-            plan.kernels.ragged_attention(
-                query, k, v, starts, starts, plan.mask, view,
-                scale=plan.scale, max_query=longest, max_length=longest, sinks=sinks, workspace=self._workspace(plan),
-            )  # fmt: skip
-            return out
-        step, workspace = self._ready(plan, metadata)
-        plan.kernels.paged_attention(
-            query,
-            key_cache,
-            value_cache,
-            step,
-            plan.mask,
-            view,
-            scale=plan.scale,
-            key_scale=plan.key_scale,
-            value_scale=plan.value_scale,
-            sinks=sinks,
-            workspace=workspace,
-        )
-        return out
-
-    def _absorbed(
-        self,
-        q: Tensor,
-        k: Tensor | None,
-        layer: Any,
-        plan: Plan,
-        forward_batch: Any,
-        metadata: TautMetadata,
-        save_kv_cache: bool,
-        q_rope: Tensor | None,
-        k_rope: Tensor | None,
-    ) -> Tensor:
-        """MLA over the latent cache. Queries and keys come in two parts, or joined, and are read where they lie."""
-        problem = plan.problem
-        rank, rope = problem.value_size, problem.head_size - problem.value_size
-        if q_rope is None:
-            joined = q.view(-1, problem.q_heads, problem.head_size)
-            q_nope, q_pe = joined[..., :rank], joined[..., rank:]
-        else:
-            q_nope, q_pe = q.view(-1, problem.q_heads, rank), q_rope.view(-1, problem.q_heads, rope)
-        cache = bridge.mla_cache(self.token_to_kv_pool, layer.layer_id)
-        if k is not None and save_kv_cache:
-            if k_rope is None:
-                joined = k.view(-1, problem.head_size)
-                latent, pe = joined[:, :rank], joined[:, rank:]
-            else:
-                latent, pe = k.view(-1, rank), k_rope.view(-1, rope)
-            plan.kernels.store_mla_kv(latent, pe, cache, forward_batch.out_cache_loc)
-        out, view = self._output(q, q_nope.shape[0], problem, forward_batch)
-        step, workspace = self._ready(plan, metadata)
-        plan.kernels.mla_decode(q_nope, q_pe, cache, step, view, scale=plan.scale, workspace=workspace)
-        return out
-
-    def _unabsorbed(
-        self,
-        q: Tensor,
-        k: Tensor | None,
-        v: Tensor | None,
-        layer: Any,
-        plan: Plan,
-        forward_batch: Any,
-        metadata: TautMetadata,
-        save_kv_cache: bool,
-    ) -> Any:
-        """MLA among keys that were projected up again; the latent vectors have been stored by SGLang.
-
-        The keys are those of the new tokens, or of one chunk of what is cached, then seen by all queries, or of whole
-        requests, cached and new. SGLang merges the chunks, and so wants the LSE.
-        """
-        if k is None or v is None or save_kv_cache:
-            raise ValueError(selection.refusal(["unabsorbed MLA that reads or writes the cache itself"]))
-        problem = plan.problem
-        query = q.view(-1, problem.q_heads, problem.head_size)
-        key = k.view(-1, problem.kv_heads, problem.head_size)
-        value = v.view(-1, problem.kv_heads, problem.value_size)
-        step, mask = metadata.step, plan.mask
-        key_starts, longest = step.query_starts, step.max_query
-        if forward_batch.attn_attend_prefix_cache:
-            chunk = forward_batch.prefix_chunk_idx
-            key_starts, mask = forward_batch.prefix_chunk_cu_seq_lens[chunk], replace(mask, causal=False)
-            longest = int(forward_batch.prefix_chunk_max_seq_lens[chunk])
-        elif getattr(forward_batch, "mha_one_shot", False) and key.shape[0] != query.shape[0]:
-            key_starts, longest = self._whole_starts(metadata), step.max_length
-        wants_lse = bool(getattr(forward_batch, "mha_return_lse", False))
-        lse = query.new_empty(query.shape[:2], dtype=torch.float32) if wants_lse else None
-        out, view = self._output(q, query.shape[0], problem, forward_batch)
-        plan.kernels.ragged_attention(
-            query, key, value, step.query_starts, key_starts, mask, view,
-            scale=plan.scale, max_query=step.max_query, max_length=longest, lse=lse, workspace=self._workspace(plan),
-        )  # fmt: skip
-        return (view, lse) if wants_lse else out
-
-    def _whole_starts(self, metadata: TautMetadata) -> Tensor:
-        """[R + 1] int32: where each request begins among all keys, cached and new; made once a step."""
-        if metadata.whole_starts is None:
-            lengths = metadata.step.lengths
-            metadata.whole_starts = torch.zeros(lengths.shape[0] + 1, dtype=torch.int32, device=lengths.device)
-            torch.cumsum(lengths, 0, dtype=torch.int32, out=metadata.whole_starts[1:])
-        return metadata.whole_starts
-
-    def _output(self, q: Tensor, tokens: int, problem: Problem, forward_batch: Any) -> tuple[Tensor, Tensor]:
-        """Where a layer's output goes, as SGLang wants it, [T, Hq * V], and as our kernels do, [T, Hq, V].
-
-        SGLang's own tensor where it offers one, else a new one, which is a place in the graph's memory where a graph is
-        captured. Nobody fills it beforehand.
-        """
-        width = problem.q_heads * problem.value_size
-        dtype = self.around.dtype
-        given = bridge.take_output(forward_batch)
-        if given is not None and given.numel() == tokens * width and given.dtype == dtype and given.device == q.device:
-            return given, given.view(tokens, problem.q_heads, problem.value_size)
-        out = q.new_empty((tokens, width), dtype=dtype)
-        return out, out.view(tokens, problem.q_heads, problem.value_size)
+def surroundings(model_runner: Any) -> Surroundings:
+    """What the layers of a model share."""
+    device = torch.device(model_runner.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return Surroundings(
+        device=device,
+        dtype=model_runner.dtype,
+        cache_dtype=model_runner.kv_cache_dtype,
+        pool=model_runner.token_to_kv_pool,
+        mla=bool(getattr(model_runner, "use_mla_backend", False)),
+        whole_prompts=getattr(model_runner.server_args, "chunked_prefill_size", None) == -1,
+        kernels=selection.chosen().kernels,
+    )
 
 
 def most_tokens(arguments: Any) -> int:
     """The most tokens that a forward is to be expected to have; a longer one is made room for when it comes."""
     chunk = getattr(arguments, "chunked_prefill_size", None) or 0
     return max(chunk, 8192) if chunk > 0 else int(getattr(arguments, "max_prefill_tokens", None) or 16384)
-
-
-def kind_of(plan: Plan) -> str:
-    """ "dense" or "MLA", for the log."""
-    return "MLA" if plan.absorbed or plan.ragged else "dense"
-
-
-def mla_form(layer: Any, forward_batch: Any) -> Any:
-    """Which form of MLA serves a batch: SGLang asks in every layer.
-
-    Absorbed, a pair of a query and a key costs Hq * (2 C + E) products; unabsorbed Hq * (D + V), but every cached key
-    is projected up first, for Hq * C * (D - E + V). So prompts are unabsorbed where nothing of them is cached, and
-    where enough new tokens share the projection of what is; decode, verification and captured prefills are absorbed.
-    """
-    prompts = forward_batch.forward_mode.is_extend_without_speculative()
-    if bridge.prefill_is_captured() or not prompts or forward_batch.extend_prefix_lens_cpu is None:
-        return bridge.absorbed_form(layer, forward_batch)
-    form = _form_of_prompts(layer, forward_batch)
-    selection.say(f"prompts are served in SGLang's form {form.name}", logging.DEBUG)
-    return form
-
-
-def _form_of_prompts(layer: Any, forward_batch: Any) -> Any:
-    forms = bridge.mla_forms()
-    new, old = forward_batch.extend_seq_lens_cpu, forward_batch.extend_prefix_lens_cpu
-    cached = sum(old)
-    if not cached:
-        return forms.MHA
-    if layer.disable_chunked_prefix_cache:
-        return bridge.absorbed_form(layer, forward_batch)
-    rank, rope, value = layer.kv_lora_rank, layer.qk_rope_head_dim, layer.v_head_dim
-    nope = layer.qk_nope_head_dim
-    saved = (2 * rank + rope) - (nope + rope + value)
-    pairs = sum(queries * keys for queries, keys in zip(new, old, strict=False))
-    if pairs * saved <= cached * rank * (nope + value):
-        return bridge.absorbed_form(layer, forward_batch)
-    # In one shot SGLang counts the keys by lengths that the host may not know.
-    if forward_batch.seq_lens_cpu is not None and cached + sum(new) <= forward_batch.get_max_chunk_capacity():
-        return forms.MHA_ONE_SHOT
-    # SGLang's kernel that merges chunks is for GPUs.
-    return forms.MHA_CHUNKED_KV if forward_batch.seq_lens.is_cuda else bridge.absorbed_form(layer, forward_batch)

@@ -1,14 +1,9 @@
-"""What is registered with SGLang, and who is chosen when it resolves its arguments.
-
-| TAUT_ATTENTION | registered | what happens |
-| --- | --- | --- |
-| unset | the name `taut` | ours where `--attention-backend taut` asks for it |
-| auto | the same | ours unless another backend was asked for or the model cannot be served: one line says why |
-| on | the same | ours, or an error with every reason before a request is served |
-| off | nothing | - |
+"""Whether we serve: what SGLang was asked for and what it resolved, judged by what our kernels can do.
 
 A model is judged twice: by its configuration, before SGLang resolves its arguments, so that SGLang can still choose as
 it would without us; and layer by layer, when the backend is built in the process that runs the model.
+
+No class of ours is known here. What the user chose, and the lines that a process says once, are kept here.
 """
 
 from __future__ import annotations
@@ -23,8 +18,6 @@ from taut.common_kernels.model import problems_of_model
 from taut.common_kernels.providers import ProviderError, registry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from taut.common_kernels.problem import Problem
 
 log = logging.getLogger("taut.sglang")
@@ -54,26 +47,9 @@ def chosen() -> Selection:
     return _state.selection
 
 
-def register(selection: Selection) -> None:
-    """Register our backend with SGLang as the table above says. Idempotent; called in each of SGLang's processes.
-
-    Raises:
-        BridgeError: TAUT_ATTENTION=on, and this release of SGLang lacks something that we need.
-    """
+def tell(selection: Selection) -> None:
+    """Take what the user chose."""
     _state.selection = selection
-    try:
-        bridge.check()
-    except bridge.BridgeError as error:
-        if selection.mode == "on":
-            raise
-        say(f"SGLang keeps its own attention: {error}", logging.WARNING)
-        return
-    bridge.register(build)
-    bridge.register_drafts(build_drafts, build)
-    if selection.mode is not None:
-        bridge.before_resolution(choose)
-    if selection.mode == "on":
-        bridge.after_the_scheduler_is_made(verify)
 
 
 def choose(server_args: Any) -> None:
@@ -95,42 +71,9 @@ def choose(server_args: Any) -> None:
         say(f"TAUT_ATTENTION=auto: SGLang keeps its own attention: {'; '.join(reasons)}", logging.WARNING)
 
 
-def build(model_runner: Any) -> Any:
-    """The backend of a model: ours; with `auto`, SGLang's own where a layer turns out to be none that we can serve.
-
-    Raises:
-        ValueError: a layer cannot be served; the message holds every reason.
-    """
-    from taut.adapters.sglang.backend import TautBackend
-
-    stock = "torch_native" if str(model_runner.device).startswith("cpu") else "triton"
-    backend = _built(lambda: TautBackend(model_runner), stock)
-    if backend is None:
-        return bridge.stock_backend(stock, model_runner)
+def remember_built() -> None:
+    """Take note that a backend of ours was built in this process."""
     _state.built = True
-    return backend
-
-
-def build_drafts(model_runner: Any, steps: int) -> Any:
-    """The backends of the steps that a draft model runs ahead; None where SGLang's own are to serve, as in `build`.
-
-    Raises:
-        ValueError: a layer cannot be served; the message holds every reason.
-    """
-    from taut.adapters.sglang.drafts import TautDraftBackend
-
-    return _built(lambda: TautDraftBackend(model_runner, steps), "triton")
-
-
-def _built(make: Callable[[], Any], stock: str) -> Any:
-    """What `make` makes; with `auto` None where it cannot, and one line that says why."""
-    try:
-        return make()
-    except ValueError as error:
-        if _state.selection.mode != "auto":
-            raise
-        say(f"TAUT_ATTENTION=auto: SGLang's {stock} serves in our place: {error}", logging.WARNING)
-        return None
 
 
 def verify() -> None:

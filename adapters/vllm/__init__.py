@@ -2,11 +2,11 @@
 
 | module | what it holds |
 | --- | --- |
-| `selection` | what is registered, and who is chosen when vLLM asks |
-| `members` | the names under which vLLM finds our classes |
-| `shared` | what every kind of attention has in common: names, validation, the choice of kernels |
-| `dense` | backend, metadata builder and implementation for MHA, GQA and MQA |
-| `mla` | the same for multi-head latent attention |
+| `selection` | judges: what is registered, and who is chosen when vLLM asks |
+| `members` | composes: which class of ours answers for which name |
+| `dense`, `mla` | a kind of attention each: MHA, GQA and MQA; multi-head latent attention |
+| `backend` | what vLLM asks of a backend of either kind |
+| `serving` | the device, the kernels that were chosen for a problem, and the lines that are said about them |
 | `bridge` | the ledger: every touch of vLLM's internals, and every difference between its releases |
 """
 

@@ -518,11 +518,6 @@ def layers(vllm_config: Any, layer_names: list[str]) -> list[Any]:
     return list(get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names).values())
 
 
-def implementations(vllm_config: Any, layer_names: list[str]) -> list[Any]:
-    """The attention implementations of a builder's layers."""
-    return [layer.impl for layer in layers(vllm_config, layer_names)]
-
-
 @cache
 def connectors_know_packed_caches() -> bool:
     """Whether a cache [N, Hk, P, D + V] can be transferred to another engine."""

@@ -14,6 +14,12 @@ does not, and there the model's configuration is held against what we serve befo
 On a GPU a choice takes several questions: vLLM resolves each candidate and has it validate the layer, and then resolves
 the chosen one once more, by its path or, in later releases, by the name that the class gives. What came of the
 validation is therefore kept until that last question, which ends the walk.
+
+vLLM finds our classes in the module `members`, which asks here and alone knows them, under two kinds of names:
+
+* `NAME`, a member: what `judge` says at this moment.
+* `decided_KIND_NAME`: what came of the last validation: ours, or the stock class if `auto` left the layer to vLLM.
+  vLLM resolves the name of the class that it has just validated, and this is the name our classes give.
 """
 
 from __future__ import annotations
@@ -31,6 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("taut.vllm")
 
 MODULE = "taut.adapters.vllm.members"
+DECIDED = "decided_"
 CPU_MEMBERS = ("CPU_ATTN", "CPU_MLA", "AMX_MLA")
 DENSE_MEMBERS = (
     "FLASH_ATTN",
@@ -56,6 +63,7 @@ MLA_MEMBERS = (
 )
 # They read caches of formats of their own. With `on` they are ours as well, so that no layer goes past the refusal.
 PACKED_MEMBERS = ("TURBOQUANT", "ULTRAQUANT")
+CACHE_DTYPES = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "float16": "float16", "bfloat16": "bfloat16"}
 # Models whose layers ask for what no configuration tells.
 UNSERVED_MODELS = {
     "Rnj1ForCausalLM": "attention in chunks that look back (chunk_lookback) is not supported",
@@ -75,77 +83,64 @@ class _State:
 _state = _State()
 
 
-def selection() -> Selection:
+def chosen() -> Selection:
     """What the user chose, as the plugin told it."""
     return _state.selection
 
 
-def register(chosen: Selection) -> None:
+def register(choice: Selection) -> None:
     """Register our backends with vLLM as the table above says. Idempotent; called in each of vLLM's processes."""
-    _state.selection = chosen
+    _state.selection = choice
     members = ["CUSTOM", *CPU_MEMBERS]
-    if chosen.mode is not None:
+    if choice.mode is not None:
         members += [*DENSE_MEMBERS, *MLA_MEMBERS]
-    if chosen.mode == "on":
+    if choice.mode == "on":
         members += PACKED_MEMBERS
     present = bridge.override(dict.fromkeys(members), MODULE)
     log.debug("registered for %s", ", ".join(present))
 
 
-def answer(member: str) -> type[Any]:
-    """The class that vLLM gets for a member that we have overridden.
+def decided_name(kind: str, member: str) -> str:
+    """The name by which vLLM is told to find what came of the validation of a member: "decided_dense_FLASH_ATTN"."""
+    return f"{DECIDED}{kind}_{member}"
+
+
+def judge(member: str) -> str | None:
+    """Which kind of ours, "dense" or "MLA", answers when vLLM asks for a member; None where vLLM's own class does.
 
     Raises:
         ValueError: TAUT_ATTENTION=on, or CUSTOM, and the model cannot be served; the message holds every reason.
     """
-    if member in _state.walk:
-        return _end_of_walk(member)
     config = bridge.current_config()
     asked = member == "CUSTOM" or custom_was_asked(config)
     if _state.selection.mode is None and not asked:
-        return bridge.stock_class(member)
+        return None
     latent = member in MLA_MEMBERS or (member == "CUSTOM" and bridge.latent(config))
     kind = "MLA" if latent else "dense"
     reasons = list(bridge.failures())
     if not bridge.validates_layers():
         reasons += model_refusals(config, kind=kind)
     if not reasons:
-        return _ours(kind, member)
+        return kind
     if _state.selection.mode == "auto" and not asked:
         leave_to_engine(member, reasons)
-        return bridge.stock_class(member)
+        return None
     raise ValueError(refusal(reasons))
 
 
-def remember(member: str, chosen: type[Any]) -> None:
+def remember(member: str, validated: type[Any]) -> None:
     """Keep the class that came of the validation of a member, for when vLLM resolves it as its choice."""
     if member in _state.walk:  # nothing was chosen in the walk before
         _state.walk.clear()
-    _state.walk[member] = chosen
+    _state.walk[member] = validated
 
 
-def decided(kind: str, member: str) -> type[Any]:
-    """The class that came of the last validation of a member: ours, or vLLM's own.
-
-    Args:
-        kind: "dense" or "MLA", which of our classes was validated.
-        member: as vLLM asked for it.
-    """
-    return _end_of_walk(member) if member in _state.walk else _ours(kind, member)
-
-
-def _ours(kind: str, member: str) -> type[Any]:
-    if kind == "MLA":
-        from taut.adapters.vllm.mla import backend_for
-    else:
-        from taut.adapters.vllm.dense import backend_for
-    return backend_for(member)
-
-
-def _end_of_walk(member: str) -> type[Any]:
-    chosen = _state.walk[member]
-    _state.walk.clear()
-    return chosen
+def end_of_walk(member: str) -> type[Any] | None:
+    """The class that came of the validation of a member, ours or vLLM's own, which ends the walk; None without one."""
+    validated = _state.walk.get(member)
+    if validated is not None:
+        _state.walk.clear()
+    return validated
 
 
 def custom_was_asked(config: Any | None) -> bool:
@@ -166,8 +161,6 @@ def model_refusals(config: Any | None, asked: Container[str] = (), *, kind: str)
         asked: what vLLM's own validation asks of a layer, by name; it gives those reasons itself.
         kind: "dense" or "MLA", what of ours would serve.
     """
-    from taut.adapters.vllm.shared import cache_dtype_refusal
-
     model = getattr(config, "model_config", None)
     if config is None or model is None:
         return []
@@ -193,8 +186,14 @@ def model_refusals(config: Any | None, asked: Container[str] = (), *, kind: str)
         del judged["use_dcp"], judged["use_kv_connector"]
     reasons = [reason for name, (found, reason) in judged.items() if found and name not in asked]
     reasons += [reason for name, reason in UNSERVED_MODELS.items() if name in (model.architectures or ())]
-    wrong_cache = None if "kv_cache_dtype" in asked else cache_dtype_refusal(config.cache_config.cache_dtype)
-    return reasons + ([wrong_cache] if wrong_cache else [])
+    return reasons + ([] if "kv_cache_dtype" in asked else cache_dtype_refusals(config.cache_config.cache_dtype))
+
+
+def cache_dtype_refusals(kv_cache_dtype: str | None) -> list[str]:
+    """Why a `--kv-cache-dtype` cannot be served, as one sentence; empty when it can."""
+    if kv_cache_dtype in (None, "auto", *CACHE_DTYPES):
+        return []
+    return [f"a KV cache of {kv_cache_dtype} is not supported, only auto, {', '.join(CACHE_DTYPES)}"]
 
 
 def leave_to_engine(member: str, reasons: list[str]) -> None:

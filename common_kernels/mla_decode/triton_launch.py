@@ -21,7 +21,6 @@ from taut.common_kernels.merge.triton_launch import merge_items
 from taut.common_kernels.mla_decode.triton_decode import taut_mla_decode
 from taut.common_kernels.schedule.shape import ScheduleShape, most_items, parts_that_fit
 from taut.common_kernels.schedule.triton_launch import launch_options
-from taut.common_kernels.step import PageTable, Step
 from taut.common_kernels.tiles import table_for
 from taut.common_kernels.workspace import ScheduledWorkspace, device_facts
 
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
 
     from taut.common_kernels.kernels import Workspace
     from taut.common_kernels.problem import Problem
+    from taut.common_kernels.step import Step
     from taut.common_kernels.tiles import Tile, TileTable
 
 ROWS_AT_ONCE = 64  # the most heads times queries in one tile
@@ -37,7 +37,7 @@ ROWS_AT_ONCE = 64  # the most heads times queries in one tile
 
 @dataclass(frozen=True)
 class MlaTile:
-    """How `mla_decode` is cut for one problem on one device.
+    """How `mla_decode` is cut into tiles for one problem on one device.
 
     Args:
         block: queries in a work item.
@@ -75,8 +75,7 @@ class MlaWorkspace(ScheduledWorkspace):
     """The workspace of `mla_decode`.
 
     Args:
-        cut: how the problem is cut.
-        heads: Hq.
+        tiling: how the problem is cut into tiles.
         rank: C.
         max_rows: the most rows of a step.
         max_tokens: the most queries of a step.
@@ -89,7 +88,7 @@ class MlaWorkspace(ScheduledWorkspace):
 
     def __init__(
         self,
-        cut: MlaTile,
+        tiling: MlaTile,
         rank: int,
         max_rows: int,
         max_tokens: int,
@@ -99,17 +98,17 @@ class MlaWorkspace(ScheduledWorkspace):
         overlapped: bool,
         device: torch.device | str,
     ) -> None:
-        tile = cut.tile
+        tile = tiling.tile
         shape = ScheduleShape(
-            parts=parts_that_fit(multiprocessors, tile["programs"], cut.head_blocks),
-            max_items=most_items(max_rows, max_tokens, cut.block, max_query),
+            parts=parts_that_fit(multiprocessors, tile["programs"], tiling.head_blocks),
+            max_items=most_items(max_rows, max_tokens, tiling.block, max_query),
             tile=tile["keys"],
-            block=cut.block,
+            block=tiling.block,
             minimum_share=tile["share"],
             spare=tile["spare"],
         )
-        super().__init__(shape, max_rows, cut.head_blocks * tile["rows"], rank, device)
-        self.cut = cut
+        super().__init__(shape, max_rows, tiling.head_blocks * tile["rows"], rank, device)
+        self.tiling = tiling
         self.native_float8 = native_float8
         self.overlapped = overlapped
         self.one = torch.ones(1, device=device)  # the scale of a cache that comes without
@@ -122,9 +121,9 @@ def mla_workspace(
     facts = device_facts(device)
     table = table_for(facts.target, facts.shared_memory, table_path)
     cache_bytes = getattr(torch, problem.cache_dtype).itemsize
-    cut = mla_tile(table, problem.q_heads, problem.value_size, cache_bytes, problem.max_query)
+    tiling = mla_tile(table, problem.q_heads, problem.value_size, cache_bytes, problem.max_query)
     return MlaWorkspace(
-        cut,
+        tiling,
         problem.value_size,
         max_rows,
         max_tokens,
@@ -134,60 +133,6 @@ def mla_workspace(
         facts.dependent_launch,
         device,
     )
-
-
-def warm_up(
-    problem: Problem,
-    workspace: MlaWorkspace,
-    cache: Tensor,
-    pages: PageTable,
-    max_rows: int,
-    *,
-    lse: bool = False,
-    cache_scale: Tensor | None = None,
-) -> None:
-    """Compile everything that steps of a model can need, so that nothing compiles while it serves.
-
-    Runs steps without keys, of 1, 2, 4, ... rows: the merge and the schedule are compiled for the number of rows, the
-    attention only once. The cache is not read and not written.
-
-    Args:
-        problem: the model's.
-        workspace: made for it; what was prepared in it is lost.
-        cache: the model's, since kernels are compiled for its strides.
-        pages: as the steps will have it; of `rows` only the type counts.
-        max_rows: the most rows of a step.
-        lse: whether it will be asked for.
-        cache_scale: as it will be given.
-    """
-    device, heads, rank = cache.device, problem.q_heads, problem.value_size
-    queries = max(1, problem.max_query)
-    dtype = getattr(torch, problem.dtype)
-    sizes = sorted({min(1 << i, max_rows) for i in range(max_rows.bit_length() + 1)})
-    for rows in sizes:
-        tokens = rows * queries
-        step = Step(
-            torch.arange(0, tokens + 1, queries, dtype=torch.int32, device=device),
-            torch.zeros(rows, dtype=torch.int32, device=device),
-            PageTable(pages.table, pages.page_size, None if pages.rows is None else pages.rows.new_zeros(rows)),
-            queries,
-            1,
-        )
-        q_nope = torch.zeros(tokens, heads, rank, dtype=dtype, device=device)
-        q_pe = torch.zeros(tokens, heads, problem.head_size - rank, dtype=dtype, device=device)
-        workspace.prepare(step)
-        mla_decode(
-            q_nope,
-            q_pe,
-            cache,
-            step,
-            torch.empty_like(q_nope),
-            scale=1.0,
-            causal="non_causal" not in problem.features,
-            lse=torch.empty(tokens, heads, device=device) if lse else None,
-            cache_scale=cache_scale,
-            workspace=workspace,
-        )
 
 
 def mla_decode(
@@ -207,9 +152,9 @@ def mla_decode(
     if not isinstance(workspace, MlaWorkspace):
         raise TypeError("mla_decode of the provider `triton` needs the workspace that its `workspace` makes")
     tokens, heads, rank = q_nope.shape
-    cut, tile, schedule, scratch = workspace.cut, workspace.cut.tile, workspace.schedule, workspace.scratch
+    tiling, tile, schedule, scratch = workspace.tiling, workspace.tiling.tile, workspace.schedule, workspace.scratch
     float8 = cache.dtype.itemsize == 1
-    taut_mla_decode[(schedule.shape.parts * cut.head_blocks,)](
+    taut_mla_decode[(schedule.shape.parts * tiling.head_blocks,)](
         q_nope,
         q_pe,
         cache.view(torch.uint8) if float8 else cache,
@@ -235,7 +180,7 @@ def mla_decode(
         *out.stride(),
         *(lse.stride() if lse is not None else (0, 0)),
         HEADS=heads,
-        HEAD_BLOCKS=cut.head_blocks,
+        HEAD_BLOCKS=tiling.head_blocks,
         LATENT=rank,
         ROPE=q_pe.shape[-1],
         PAGE_SIZE=step.pages.page_size,
@@ -256,4 +201,4 @@ def mla_decode(
         num_stages=tile["stages"],
         **launch_options(workspace.overlapped),
     )
-    merge_items(workspace, out, lse, cut.block * heads, workspace.overlapped)
+    merge_items(workspace, out, lse, tiling.block * heads, workspace.overlapped)

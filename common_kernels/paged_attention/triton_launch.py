@@ -27,7 +27,7 @@ from taut.common_kernels.paged_attention.triton_decode import taut_decode
 from taut.common_kernels.paged_attention.triton_prefill import taut_prefill
 from taut.common_kernels.schedule.shape import ScheduleShape, most_items, parts_that_fit
 from taut.common_kernels.schedule.triton_launch import launch_options
-from taut.common_kernels.step import PageTable, Step
+from taut.common_kernels.step import DECODE_QUERIES
 from taut.common_kernels.tiles import table_for
 from taut.common_kernels.workspace import ScheduledWorkspace, device_facts
 
@@ -36,10 +36,9 @@ if TYPE_CHECKING:
 
     from taut.common_kernels.kernels import Workspace
     from taut.common_kernels.problem import Problem
-    from taut.common_kernels.step import Mask
+    from taut.common_kernels.step import Mask, Step
     from taut.common_kernels.tiles import Tile, TileTable
 
-DECODE_QUERIES = 16  # rows with more new tokens than this are prefilled
 CACHED_KEYS = 24 << 20  # bytes of keys and values that an L2 cache holds for sure, beside all else
 # Blocks of queries that run at once over the same keys: reading those from memory then takes little of the time.
 SHARERS = 16
@@ -179,58 +178,6 @@ def paged_workspace(
     return PagedWorkspace(
         shape, tile, pack, head_blocks, max_rows, problem.q_heads, problem.value_size, table_path, device
     )
-
-
-def warm_up(
-    problem: Problem,
-    workspace: PagedWorkspace,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    pages: PageTable,
-    max_rows: int,
-    mask: Mask,
-    *,
-    longest_query: int = 0,
-    lse: bool = False,
-    **options: Tensor | None,
-) -> None:
-    """Compile everything that steps of a model can need, so that nothing compiles while it serves.
-
-    Runs steps without keys, of 1, 2, 4, ... rows: the merge and the schedule are compiled for the number of rows, the
-    decode kernel for few and for many. The caches are not read and not written.
-
-    Args:
-        problem: the model's.
-        workspace: made for it; what was prepared in it is lost.
-        key_cache: the model's, since kernels are compiled for its strides.
-        value_cache: likewise.
-        pages: as the steps will have it; of `rows` only the type counts.
-        max_rows: the most rows of a step.
-        mask: of the layers; once for each that differs.
-        longest_query: the most queries that a row of a step may have, if rows are prefilled too.
-        lse: whether it will be asked for.
-        options: scales, sinks and slopes as they will be given.
-    """
-    device, dtype = key_cache.device, getattr(torch, problem.dtype)
-    rows_of_steps = sorted({min(1 << i, max_rows) for i in range(max_rows.bit_length() + 1)})
-    steps = [(rows, queries) for rows in rows_of_steps for queries in {1, problem.max_query or 1}]
-    if longest_query > workspace.schedule.shape.longest:
-        steps.append((1, longest_query))
-    for rows, queries in steps:
-        step = Step(
-            torch.arange(rows + 1, dtype=torch.int32, device=device),
-            torch.zeros(rows, dtype=torch.int32, device=device),
-            PageTable(pages.table, pages.page_size, None if pages.rows is None else pages.rows.new_zeros(rows)),
-            queries,
-            1,
-        )
-        query = torch.zeros(rows, problem.q_heads, problem.head_size, dtype=dtype, device=device)
-        out = query.new_empty(rows, problem.q_heads, problem.value_size)
-        lses = torch.empty(rows, problem.q_heads, device=device) if lse else None
-        workspace.prepare(step)
-        paged_attention(
-            query, key_cache, value_cache, step, mask, out, scale=1.0, lse=lses, workspace=workspace, **options
-        )
 
 
 @lru_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,8 @@ from sglang.srt.speculative.spec_info import SpecInputType
 
 from taut.adapters.engine import Selection
 from taut.adapters.sglang import backend, selection
-from taut.adapters.sglang.steps import Steps, batch_of
+from taut.adapters.sglang.batch import batch_of
+from taut.adapters.sglang.builder import Steps
 from taut.common_kernels import reference
 
 HEADS, KV_HEADS, SIZE, SLOTS, CONTEXT, REQUESTS = 6, 2, 32, 96, 40, 5
@@ -124,8 +126,8 @@ def test_a_layer_costs_its_kernels_and_nothing_else(offered: bool) -> None:
     made = runner(attention)
     ours = backend.TautBackend(made)
     calls: list[str] = []
-    ours.plans[attention, 1] = backend.replace(
-        ours.plans[attention, 1],
+    ours.services[attention, 1] = replace(
+        ours.services[attention, 1],
         kernels=SimpleNamespace(
             workspace=reference.workspace,
             store_kv=lambda *_, **__: calls.append("store_kv"),
@@ -288,14 +290,14 @@ def test_a_captured_prompt_is_made_ready_before_each_replay() -> None:
     assert step.query_starts.tolist() == [0, 5, 6]
 
 
-def test_kernels_are_cut_for_the_queries_of_a_row() -> None:
+def test_kernels_are_made_for_the_queries_of_a_row() -> None:
     """One for decode, as many as are verified, and any number for prompts; each with a workspace of its own."""
     attention = layer(sliding_window_size=4)
     ours = backend.TautBackend(runner(attention, speculative_num_draft_tokens=3))
-    problems = {queries: ours.plans[attention, queries].problem for queries in (0, 1, 3)}
+    problems = {queries: ours.services[attention, queries].problem for queries in (0, 1, 3)}
     assert {queries: problem.max_query for queries, problem in problems.items()} == {0: 0, 1: 1, 3: 3}
     assert all(problem.left == 4 for problem in problems.values())
-    assert {problem.max_query for problem, _ in ours.workspaces} == {0, 1, 3}
+    assert {problem.max_query for problem, _ in ours.builder.workspaces} == {0, 1, 3}
     made = runner(attention, speculative_num_draft_tokens=3)
     for mode, queries in (
         (ForwardMode.DECODE, [1, 1]),
@@ -322,8 +324,8 @@ def test_warm_up_runs_every_kind_of_step_and_leaves_the_cache_alone(monkeypatch:
     ours.warm_up()
     decode = [(rows, rows, 1) for rows in (1, 2, 4)]
     verify = [(rows, 3 * rows, 3) for rows in (1, 2, 4)]
-    prompts = [(1, 1, 1 << power) for power in range(ours.max_tokens.bit_length())]
-    assert prompts[-1][2] == ours.max_tokens
+    prompts = [(1, 1, 1 << power) for power in range(ours.builder.max_tokens.bit_length())]
+    assert prompts[-1][2] == ours.builder.max_tokens
     assert sorted(steps) == sorted([*decode, *verify, *prompts, (4, 4, 1)])
     assert made.token_to_kv_pool.keys.isnan().all()
     assert ours.forward_metadata is None
@@ -360,10 +362,10 @@ def test_sinks_are_converted_once() -> None:
     attention = layer()
     ours = backend.TautBackend(runner(attention))
     sinks = torch.randn(HEADS, dtype=torch.bfloat16)
-    kept = ours._float_sinks(attention, sinks)
-    assert ours._float_sinks(attention, sinks) is kept
+    kept = ours.attention._float_sinks(attention, sinks)
+    assert ours.attention._float_sinks(attention, sinks) is kept
     sinks.add_(1)  # as when weights are loaded anew
-    assert torch.equal(ours._float_sinks(attention, sinks), sinks.float())
+    assert torch.equal(ours.attention._float_sinks(attention, sinks), sinks.float())
 
 
 def test_a_float8_cache_is_read_with_its_scales_and_never_cast() -> None:
@@ -470,6 +472,12 @@ def test_what_cannot_be_served_is_refused_before_it_is(
         setattr(made.server_args, name, value)
     with pytest.raises(ValueError, match=says):
         backend.TautBackend(made)
+
+
+def test_every_layers_reason_is_named_once() -> None:
+    both = layer(pos_encoding_mode="ALIBI"), layer(pos_encoding_mode="ALIBI"), layer(is_cross_attention=True)
+    with pytest.raises(ValueError, match=r"^[^;]*: pos_encoding_mode=ALIBI [^;]*; cross attention [^;]*$"):
+        backend.TautBackend(runner(*both))
 
 
 def test_a_temperature_by_position_is_refused() -> None:

@@ -19,7 +19,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from adapters.test_sglang_backend import HybridPool, Pool, layer, runner
 from taut.adapters.engine import Selection
-from taut.adapters.sglang import backend, bridge, layers, selection
+from taut.adapters.sglang import backend, bridge, selection, service
 from taut.common_kernels import workspace as workspaces
 from taut.common_kernels.gluon_features import missing
 from taut.common_kernels.merge import triton_launch as merge
@@ -92,7 +92,7 @@ def instances(monkeypatch: pytest.MonkeyPatch) -> set[tuple[Any, ...]]:
     for module in (workspaces, portable_paged, hopper_paged, hopper_mla, store):
         monkeypatch.setattr(module, "device_facts", lambda _: H200)
     monkeypatch.setattr(windowed_on_cpu, "fill", windowed.fill)
-    monkeypatch.setattr(layers, "target_of", lambda _: "sm_90")
+    monkeypatch.setattr(service, "target_of", lambda _: "sm_90")
     monkeypatch.setattr(bridge, "register_mla", lambda _: None)
     monkeypatch.setattr(selection, "_state", selection._State(Selection("on")))
     return launched

@@ -16,7 +16,7 @@ from sglang.srt.speculative.draft_utils import DraftBackendFactory
 
 from adapters.test_sglang_backend import HEADS, KV_HEADS, SIZE, HybridPool, batch, layer, runner
 from taut.adapters.engine import Selection
-from taut.adapters.sglang import bridge, selection
+from taut.adapters.sglang import bridge, registration, selection
 from taut.adapters.sglang.backend import TautBackend
 from taut.adapters.sglang.drafts import TautDraftBackend
 
@@ -68,7 +68,7 @@ def test_each_step_sees_what_the_steps_before_it_appended(how: str, window: int)
     drafts = TautDraftBackend(made, STEPS)
     assert len(drafts.attn_backends) == STEPS - 1
     for backend in drafts.attn_backends:
-        assert {problem.max_query for problem, _ in backend.workspaces} == {1}  # no room for prompts
+        assert {problem.max_query for problem, _ in backend.builder.workspaces} == {1}  # no room for prompts
         backend.warm_up()
     forward = batch(made, ForwardMode.EXTEND, LENGTHS, LENGTHS)
     target.init_forward_metadata(forward)
@@ -116,7 +116,7 @@ class Factory(DraftBackendFactory):
         with pytest.MonkeyPatch.context() as patched:
             patched.setitem(bridge.sys.modules, bridge.SCHEDULER, SimpleNamespace())
             patched.setattr(bridge, "_hook", lambda _target, hook, _kind: hooks.append(hook))
-            bridge.register_drafts(selection.build_drafts, selection.build)
+            bridge.register_drafts(registration.build_drafts, registration.build)
         hooks[0](self, "decode_attention_backend", backends, "{backend_type}")
         return backends[bridge.NAME]()
 

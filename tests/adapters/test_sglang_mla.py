@@ -17,6 +17,7 @@ from sglang.srt.models.deepseek_common.attention_backend_handler import Attentio
 from adapters import test_sglang_backend as dense
 from taut.adapters.engine import Selection
 from taut.adapters.sglang import backend, bridge, selection
+from taut.adapters.sglang.forms import mla_form
 from taut.common_kernels import reference
 
 if TYPE_CHECKING:
@@ -51,9 +52,9 @@ def in_chunks(tokens: int, chunk: int) -> list[tuple[int, int]]:
 
 def test_a_long_prompt_is_never_absorbed() -> None:
     """30000 tokens in chunks of 8192, where SGLang's triton absorbs all chunks but the first."""
-    forms = [backend.mla_form(DEEPSEEK, prompts([new], [old])).name for new, old in in_chunks(30_000, 8192)]
+    forms = [mla_form(DEEPSEEK, prompts([new], [old])).name for new, old in in_chunks(30_000, 8192)]
     assert forms == ["MHA", "MHA_ONE_SHOT", "MHA_ONE_SHOT", "MHA_ONE_SHOT"]
-    longer = [backend.mla_form(DEEPSEEK, prompts([new], [old])).name for new, old in in_chunks(200_000, 8192)]
+    longer = [mla_form(DEEPSEEK, prompts([new], [old])).name for new, old in in_chunks(200_000, 8192)]
     assert longer.count("MHA_CHUNKED_KV") == sum(old + new > 128 * 1024 for new, old in in_chunks(200_000, 8192)) > 0
     assert set(longer) == {"MHA", "MHA_ONE_SHOT", "MHA_CHUNKED_KV"}
 
@@ -63,7 +64,7 @@ def test_what_is_absorbed() -> None:
     said = selection._state.said
 
     def form(batch: Any, layer: Any = DEEPSEEK) -> str:
-        return str(backend.mla_form(layer, batch).name)
+        return str(mla_form(layer, batch).name)
 
     assert form(prompts([1], [100], mode=ForwardMode.DECODE)) == "MLA"
     assert form(prompts([4], [100], mode=ForwardMode.TARGET_VERIFY)) == "MLA"
@@ -85,7 +86,7 @@ def test_what_is_absorbed() -> None:
 
 def test_captured_prompts_keep_one_form(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bridge, "prefill_is_captured", lambda: True)
-    assert backend.mla_form(DEEPSEEK, prompts([300], [0])).name == "MLA"
+    assert mla_form(DEEPSEEK, prompts([300], [0])).name == "MLA"
 
 
 def served() -> tuple[Any, Any, Any, backend.TautBackend]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,8 +15,14 @@ vllm = pytest.importorskip("vllm", reason="the adapter's tests need vLLM's class
 from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata  # noqa: E402
 
 from taut.adapters.engine import Selection  # noqa: E402
-from taut.adapters.vllm import dense, members, selection  # noqa: E402
+from taut.adapters.vllm import bridge, members, selection  # noqa: E402
+from taut.adapters.vllm.dense import builder as building  # noqa: E402
+from taut.adapters.vllm.dense.backend import TautBackend  # noqa: E402
+from taut.adapters.vllm.dense.builder import TautMetadataBuilder  # noqa: E402
+from taut.adapters.vllm.dense.layer import TautImplementation  # noqa: E402
+from taut.adapters.vllm.dense.problems import has_head_scales  # noqa: E402
 from taut.common_kernels import reference  # noqa: E402
+from taut.common_kernels.builtin import REFERENCE  # noqa: E402
 from taut.common_kernels.step import Mask  # noqa: E402
 
 HEADS, KV_HEADS, SIZE, PAGE, PAGES = 6, 2, 32, 16, 12
@@ -41,21 +48,25 @@ def _chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection._state, "walk", {})
 
 
-def layer(**different: Any) -> dense.TautImplementation:
+def layer(**different: Any) -> TautImplementation:
     arguments = {"kv_cache_dtype": "auto", "attn_type": AttentionType.DECODER} | different
-    return dense.TautImplementation(HEADS, SIZE, SIZE**-0.5, KV_HEADS, **arguments)
+    return TautImplementation(HEADS, SIZE, SIZE**-0.5, KV_HEADS, **arguments)
 
 
-def builder(implementation: dense.TautImplementation, monkeypatch: pytest.MonkeyPatch) -> dense.TautMetadataBuilder:
+def builder(
+    implementation: TautImplementation,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[TautMetadataBuilder] = TautMetadataBuilder,
+) -> TautMetadataBuilder:
     held = SimpleNamespace(impl=implementation, _k_scale=torch.ones(()), _v_scale=torch.ones(()))
-    monkeypatch.setattr(dense.bridge, "layers", lambda _config, _names: [held])
+    monkeypatch.setattr(bridge, "layers", lambda _config, _names: [held])
     config = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_seqs=8, max_num_batched_tokens=64),
         speculative_config=None,
         model_config=SimpleNamespace(max_model_len=100),
     )
     spec = SimpleNamespace(block_size=PAGE, head_size=SIZE)
-    return dense.TautMetadataBuilder(spec, ["layer"], config, torch.device("cpu"))
+    return kind(spec, ["layer"], config, torch.device("cpu"))
 
 
 def batch(lengths: list[int], queries: list[int]) -> CommonAttentionMetadata:
@@ -217,7 +228,7 @@ def asked(**different: Any) -> dict[str, Any]:
 
 
 def test_validation_gives_every_reason() -> None:
-    ours = dense.backend_for("FLASH_ATTN")
+    ours = members.backend_for("dense", "FLASH_ATTN")
     assert ours.validate_configuration(**asked()) == []
     reasons = ours.validate_configuration(**asked(use_mla=True, use_mm_prefix=True, kv_cache_dtype="fp8_e5m2"))
     assert len(reasons) == 3
@@ -232,8 +243,8 @@ def test_auto_leaves_a_refused_layer_to_vllm_and_a_served_one_is_ours(monkeypatc
             return []
 
     monkeypatch.setattr(selection._state, "selection", Selection("auto"))
-    monkeypatch.setattr(dense.bridge, "stock_class", lambda _member: Stock)
-    ours = dense.backend_for("FLASH_ATTN")
+    monkeypatch.setattr(bridge, "stock_class", lambda _member: Stock)
+    ours = members.backend_for("dense", "FLASH_ATTN")
     module, name = ours.full_cls_name()
     assert module == members.__name__
     assert ours.validate_configuration(**asked(use_mm_prefix=True)) == []
@@ -286,8 +297,8 @@ def test_every_head_may_have_a_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     """Heads a thousand times apart in size: one scale for all would lose one of them."""
     torch.manual_seed(0)
     scheme = SimpleNamespace(quant_config=SimpleNamespace(kv_cache_scheme={"strategy": "attn_head"}))
-    assert dense.has_head_scales(scheme)
-    assert not dense.has_head_scales(SimpleNamespace(quant_config=None))
+    assert has_head_scales(scheme)
+    assert not has_head_scales(SimpleNamespace(quant_config=None))
     implementation = layer(kv_cache_dtype="fp8_e4m3")
     metadata = builder(implementation, monkeypatch).build(0, batch([18, 7], [18, 7]))
     sizes = torch.tensor([1.0, 1000.0])
@@ -311,14 +322,13 @@ def test_cross_attention_reads_what_the_encoder_left(monkeypatch: pytest.MonkeyP
     from vllm.model_executor.layers.attention.cross_attention import create_cross_attention_backend
 
     torch.manual_seed(0)
-    backend = create_cross_attention_backend(dense.backend_for("CPU_ATTN"))
+    backend = create_cross_attention_backend(members.backend_for("dense", "CPU_ATTN"))
     made = layer(attn_type=AttentionType.ENCODER_DECODER)
     assert "non_causal" in made.problem.features
     implementation = backend.get_impl_cls()(
         HEADS, SIZE, SIZE**-0.5, KV_HEADS, None, None, "auto", None, AttentionType.ENCODER_DECODER
     )
-    monkeypatch.setattr(dense, "TautMetadataBuilder", backend.get_builder_cls())
-    build = builder(implementation, monkeypatch)
+    build = builder(implementation, monkeypatch, backend.get_builder_cls())
     held = SimpleNamespace(_k_scale=torch.ones(()), _v_scale=torch.ones(()), kv_sharing_target_layer_name=None)
     cache = torch.full((PAGES, KV_HEADS, PAGE, 2 * SIZE), torch.nan)
     sources = [20, 6]
@@ -346,6 +356,7 @@ def test_cross_attention_reads_what_the_encoder_left(monkeypatch: pytest.MonkeyP
 
 
 def test_warm_up_runs_every_kind_of_step_and_leaves_a_builder_that_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "provider_of", lambda _problem: replace(REFERENCE, query_limits=(16,)))
     implementation = layer(sliding_window=5)
     made = builder(implementation, monkeypatch)
     steps: set[tuple[int, int]] = set()
@@ -357,7 +368,7 @@ def test_warm_up_runs_every_kind_of_step_and_leaves_a_builder_that_serves(monkey
         paged_attention=lambda *given, **__: steps.add((given[3].rows, given[3].max_query)),
     )
     made.warm_up()
-    assert steps == {(rows, most) for rows in (1, 2, 4, 8) for most in (1, dense.FEW_QUERIES, 64)}
+    assert steps == {(rows, most) for rows in (1, 2, 4, 8) for most in (1, 16, 64)}
     assert len(calls) == len(steps)
     implementation.kernels = real
     made.warm_up()  # the reference runs them too: rows without keys
@@ -395,8 +406,8 @@ def vllm_config(**different: Any) -> Any:
 
 def test_what_no_question_tells_is_read_from_the_models_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     config = vllm_config(attn_logit_softcapping=50.0)
-    monkeypatch.setattr(dense.bridge, "current_config", lambda: config)
-    [problem] = dense.TautBackend.problems_asked(asked())
+    monkeypatch.setattr(bridge, "current_config", lambda: config)
+    [problem] = TautBackend.problems_asked(asked())
     assert (problem.q_heads, problem.kv_heads) == (4, 1)  # on one device of two
     assert "soft_cap" in problem.features
 

@@ -16,7 +16,11 @@ from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata  # 
 
 from adapters.test_vllm_dense import Operations  # noqa: E402
 from taut.adapters.engine import Selection  # noqa: E402
-from taut.adapters.vllm import bridge, dense, members, mla, selection  # noqa: E402
+from taut.adapters.vllm import bridge, members, selection  # noqa: E402
+from taut.adapters.vllm.mla import layer as mla_layer  # noqa: E402
+from taut.adapters.vllm.mla.builder import TautMLAMetadataBuilder  # noqa: E402
+from taut.adapters.vllm.mla.layer import TautMLAImplementation  # noqa: E402
+from taut.adapters.vllm.mla.prefill import Prefill  # noqa: E402
 from taut.common_kernels import reference  # noqa: E402
 
 if TYPE_CHECKING:
@@ -68,7 +72,7 @@ def _chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     selection._state.walk.clear()
 
 
-def implementation(layer: Layer, **different: Any) -> mla.TautMLAImplementation:
+def implementation(layer: Layer, **different: Any) -> TautMLAImplementation:
     arguments = {
         "num_heads": HEADS, "head_size": RANK + ROPE, "scale": SCALE, "num_kv_heads": 1, "alibi_slopes": None,
         "sliding_window": None, "kv_cache_dtype": "auto", "logits_soft_cap": None, "attn_type": AttentionType.DECODER,
@@ -76,21 +80,22 @@ def implementation(layer: Layer, **different: Any) -> mla.TautMLAImplementation:
         "qk_rope_head_dim": ROPE, "qk_head_dim": NOPE + ROPE, "v_head_dim": VALUE, "kv_b_proj": layer.kv_b_proj,
         "indexer": None,
     }  # fmt: skip
-    return mla.TautMLAImplementation(**(arguments | different))
+    return TautMLAImplementation(**(arguments | different))
 
 
 def builder(
-    made: mla.TautMLAImplementation, monkeypatch: pytest.MonkeyPatch, *, workspace: int = 4096, drafts: int = 0
-) -> mla.TautMLAMetadataBuilder:
+    made: TautMLAImplementation, monkeypatch: pytest.MonkeyPatch, *, workspace: int = 4096, drafts: int = 0
+) -> TautMLAMetadataBuilder:
     """A builder of one layer, whose workspace holds so many tokens of context."""
     layer = SimpleNamespace(
         impl=made, num_heads=HEADS, q_lora_rank=None, kv_lora_rank=RANK, qk_nope_head_dim=NOPE, qk_rope_head_dim=ROPE,
         v_head_dim=VALUE, prefill_backend=SimpleNamespace(clone=lambda: None), non_causal_multi_token_decode=False,
+        _k_scale=torch.ones(()),
     )  # fmt: skip
     monkeypatch.setattr(bridge, "layers", lambda _config, _names: [layer])
     monkeypatch.setattr(mla_attention, "get_num_attention_heads_from_layers", lambda *_: HEADS)
     monkeypatch.setattr(
-        mla.TautMLAMetadataBuilder, "determine_chunked_prefill_workspace_size", staticmethod(lambda _: workspace)
+        TautMLAMetadataBuilder, "determine_chunked_prefill_workspace_size", staticmethod(lambda _: workspace)
     )
     parallel = SimpleNamespace(
         prefill_context_parallel_size=1, decode_context_parallel_size=1, cp_kv_cache_interleave_size=1
@@ -105,7 +110,7 @@ def builder(
         speculative_config=speculative if drafts else None,
     )
     spec = SimpleNamespace(block_size=PAGE, head_size=RANK + ROPE)
-    return mla.TautMLAMetadataBuilder(spec, ["layer"], config, torch.device("cpu"))
+    return TautMLAMetadataBuilder(spec, ["layer"], config, torch.device("cpu"))
 
 
 def batch(lengths: list[int], queries: list[int]) -> CommonAttentionMetadata:
@@ -134,7 +139,7 @@ def batch(lengths: list[int], queries: list[int]) -> CommonAttentionMetadata:
 
 
 def stored(
-    made: mla.TautMLAImplementation, layer: Layer, common: CommonAttentionMetadata, dtype: torch.dtype = torch.float32
+    made: TautMLAImplementation, layer: Layer, common: CommonAttentionMetadata, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Random vectors of all cached tokens, row after row, and the cache that holds them; all else of it is NaN."""
     torch.manual_seed(2)
@@ -256,6 +261,27 @@ def test_a_decoding_layer_costs_its_kernels_and_nothing_else(monkeypatch: pytest
     assert metadata.decode.step.lengths.data_ptr() == common.seq_lens.data_ptr()
 
 
+def test_warm_up_runs_every_number_of_rows_and_every_form_of_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = implementation(Layer())
+    serving = builder(made, monkeypatch, drafts=3)
+    decoded: list[tuple[int, int]] = []
+    prefilled: list[tuple[bool, bool]] = []
+
+    def decode(_nope: Any, _rope: Any, _cache: Any, step: Any, *_: Any, **__: Any) -> None:
+        decoded.append((step.rows, step.max_query))
+
+    def attend(*given: Any, lse: torch.Tensor | None, **_: Any) -> None:
+        prefilled.append((given[5].causal, lse is not None))
+
+    made.kernels = SimpleNamespace(store_mla_kv=lambda *_, **__: None, mla_decode=decode)
+    made.prefill_kernels = SimpleNamespace(ragged_attention=attend, merge=lambda *_: None)
+    serving.warm_up()
+    assert decoded == [(rows, 4) for rows in (1, 2, 4, 8)]
+    assert prefilled == [(True, False), (True, True), (False, True)]
+    made.kernels = made.prefill_kernels = reference
+    serving.warm_up()  # the reference runs them too: rows without keys
+
+
 def test_a_prefill_without_context_writes_into_the_engines_output(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel gets vLLM's own buffer; beside it there are only the projection and the keys put together."""
     layer = Layer()
@@ -301,8 +327,8 @@ def test_the_table_that_the_user_named_reaches_the_prefill(monkeypatch: pytest.M
     kernels = SimpleNamespace(
         workspace=lambda *asked: asked, ragged_attention=lambda *_, workspace, **__: given.append(workspace)
     )
-    monkeypatch.setattr(mla, "serving_kernels", lambda *_: kernels)
-    monkeypatch.setattr(mla, "table_path", lambda: "mine.json")
+    monkeypatch.setattr(mla_layer, "serving_kernels", lambda *_: kernels)
+    monkeypatch.setattr(mla_layer, "table_path", lambda: "mine.json")
     layer = Layer()
     made, common = implementation(layer), batch([5, 3], [5, 3])
     metadata = builder(made, monkeypatch).build(0, common)
@@ -320,7 +346,7 @@ def test_vllms_own_callers_of_a_prefill_get_their_shapes(monkeypatch: pytest.Mon
     made, common = implementation(layer), batch([20, 50], [4, 5])
     metadata = builder(made, monkeypatch).build(0, common)
     prefill = metadata.prefill.prefill_backend
-    assert isinstance(prefill, mla.Prefill)
+    assert isinstance(prefill, Prefill)
     query, key = torch.randn(9, HEADS, NOPE + ROPE), torch.randn(9, HEADS, NOPE + ROPE)
     value = torch.randn(9, HEADS, VALUE)
     out = torch.full((9, HEADS, VALUE), torch.nan)
@@ -349,7 +375,7 @@ def test_validation_gives_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
         "has_sink": False, "use_sparse": False, "use_mm_prefix": False, "use_per_head_quant_scales": False,
         "device_capability": None, "attn_type": AttentionType.DECODER, "has_sliding_window": False,
     }  # fmt: skip
-    ours = mla.backend_for("CUSTOM")
+    ours = members.backend_for("MLA", "CUSTOM")
     assert ours.validate_configuration(**asked) == []
     assert ours.validate_configuration(**asked | {"use_sparse": True}) == ["sparse not supported"]
     reasons = ours.validate_configuration(**asked | {"has_sliding_window": True, "has_sink": True, "use_mla": False})
@@ -362,12 +388,12 @@ def test_custom_serves_either_kind_of_model(use_mla: bool, monkeypatch: pytest.M
     monkeypatch.setattr(bridge, "validates_layers", lambda: True)
     config = SimpleNamespace(model_config=SimpleNamespace(use_mla=use_mla))
     monkeypatch.setattr(bridge, "current_config", lambda: config)
-    kind = mla if use_mla else dense
-    assert members.CUSTOM is kind.backend_for("CUSTOM")
+    ours = members.backend_for("MLA" if use_mla else "dense", "CUSTOM")
+    assert members.CUSTOM is ours
     assert members.CUSTOM.get_name() == "CUSTOM"
     module, name = members.CUSTOM.full_cls_name()
     assert module == members.__name__
-    assert getattr(members, name) is kind.backend_for("CUSTOM")
+    assert getattr(members, name) is ours
     assert members.TRITON_MLA is bridge.stock_class("TRITON_MLA")
     assert members.CPU_MLA.__name__ == "CPUMLABackend"
 
@@ -377,7 +403,7 @@ def test_a_member_is_ours_by_its_own_name(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(bridge, "current_config", lambda: None)
     for member in selection.MLA_MEMBERS:
         ours = getattr(members, member)
-        assert ours is mla.backend_for(member)
+        assert ours is members.backend_for("MLA", member)
         assert ours.get_name() == member
         assert ours.is_mla()
 

@@ -60,6 +60,7 @@ class Recorder:
 
     Args:
         kernel: the jitted kernel.
+        launches: the arguments of each launch by name, in order.
     """
 
     kernel: Any

@@ -42,11 +42,12 @@ def pytest_configure(config: pytest.Config) -> None:
     load_general_plugins()
     if os.environ.get("TAUT_ATTENTION") == "off":
         return
-    from taut.adapters.vllm import dense, mla
+    from taut.adapters.vllm.dense.layer import TautImplementation
+    from taut.adapters.vllm.mla.layer import TautMLAImplementation
 
     for implementation, names in (
-        (dense.TautImplementation, ("forward",)),
-        (mla.TautMLAImplementation, ("forward_mha", "forward_mqa")),
+        (TautImplementation, ("forward",)),
+        (TautMLAImplementation, ("forward_mha", "forward_mqa")),
     ):
         for name in names:
             setattr(implementation, name, _counted(getattr(implementation, name)))

@@ -25,7 +25,9 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from taut.adapters.engine import Selection
-from taut.adapters.vllm import bridge, dense, selection
+from taut.adapters.vllm import bridge, members, selection
+from taut.adapters.vllm.dense.builder import TautMetadataBuilder
+from taut.adapters.vllm.dense.layer import TautImplementation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -149,7 +151,7 @@ def the_layers(config: VllmConfig) -> None:
         HEADS, SIZE, SIZE**-0.5, KV_HEADS, prefix="layers.1.attn", kv_sharing_target_layer_name="layers.0.attn"
     )
     names = ["layers.0.attn", "layers.1.attn"]
-    expect(type(first.impl) is dense.TautImplementation, f"the layer's implementation is {type(first.impl)}")
+    expect(type(first.impl) is TautImplementation, f"the layer's implementation is {type(first.impl)}")
     backend = first.attn_backend
     expect(backend.get_name() == "CPU_ATTN", f"the layer's backend is named {backend.get_name()}")
     spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=KV_HEADS, head_size=SIZE, dtype=torch.float32)
@@ -192,7 +194,7 @@ def the_derived_classes() -> None:
     from vllm.model_executor.layers.attention.cross_attention import create_cross_attention_backend
     from vllm.model_executor.layers.attention.encoder_only_attention import create_encoder_only_attention_backend
 
-    ours = dense.backend_for("FLASH_ATTN")
+    ours = members.backend_for("dense", "FLASH_ATTN")
     derived = [create_cross_attention_backend(ours), create_encoder_only_attention_backend(ours)]
     expect(len({c.full_cls_name() for c in (ours, *derived)}) == 3, "derived classes share a name")
     for backend in derived:
@@ -204,20 +206,20 @@ def the_latent_classes() -> None:
     """Those of latent attention: their methods, the calls of them, and what they read of their bases."""
     from vllm.model_executor.layers.attention import mla_attention as its
 
-    from taut.adapters.vllm import mla
+    from taut.adapters.vllm.mla.builder import DecodeMetadata, TautMLAMetadataBuilder
+    from taut.adapters.vllm.mla.layer import TautMLAImplementation
 
     pairs = (
-        (mla.backend_for("TRITON_MLA"), its.MLACommonBackend),
-        (mla.TautMLAImplementation, its.MLACommonImpl),
-        (mla.TautMLAMetadataBuilder, its.MLACommonMetadataBuilder),
+        (members.backend_for("MLA", "TRITON_MLA"), its.MLACommonBackend),
+        (TautMLAImplementation, its.MLACommonImpl),
+        (TautMLAMetadataBuilder, its.MLACommonMetadataBuilder),
     )
     for ours, base in pairs:
         the_signatures(ours, base, made=base is not its.MLACommonMetadataBuilder)
-    the_signatures(mla.TautMLAMetadataBuilder, AttentionMetadataBuilder)  # vLLM makes it with what this one takes
-    implementation = mla.TautMLAImplementation
+    the_signatures(TautMLAMetadataBuilder, AttentionMetadataBuilder)  # vLLM makes it with what this one takes
     for method in ("forward_mqa", "forward_mha", "do_kv_cache_update"):
-        the_calls(its, method, getattr(implementation, method))
-    the_calls(its, "_build_decode", mla.TautMLAMetadataBuilder._build_decode)
+        the_calls(its, method, getattr(TautMLAImplementation, method))
+    the_calls(its, "_build_decode", TautMLAMetadataBuilder._build_decode)
     read = {
         its.MLACommonImpl: (
             "num_heads scale kv_cache_dtype kv_lora_rank qk_nope_head_dim qk_head_dim v_head_dim kv_b_proj "
@@ -231,7 +233,7 @@ def the_latent_classes() -> None:
         for name in names.split():
             expect(re.search(rf"\b{name}\b", sources), f"{kind.__name__} has no {name}")
     some = torch.zeros(1)
-    expect(mla.DecodeMetadata(some, some, None, None, None).seq_lens is some, "the metadata of decoding rows differ")
+    expect(DecodeMetadata(some, some, None, None, None).seq_lens is some, "the metadata of decoding rows differ")
 
 
 class Stock(AttentionBackend):
@@ -289,7 +291,7 @@ def the_choice_on_a_gpu() -> None:
         for mode in ("auto", "on"):
             selection.register(Selection(mode))
             for member in (None, "FLASH_ATTN", "CUSTOM", None):
-                ours = dense.backend_for(member or "FLASH_ATTN")
+                ours = members.backend_for("dense", member or "FLASH_ATTN")
                 found = chosen(member)
                 expect(found is ours, f"{mode}, {member}: {found} is chosen")
             for member in (None, "FLASH_ATTN"):
@@ -299,7 +301,7 @@ def the_choice_on_a_gpu() -> None:
                     expect(mode == "on" and "multimodal" in str(error), f"{mode}, refused: {error}")
                 else:
                     expect(mode == "auto" and found is Stock, f"{mode}, refused: {found} is chosen")
-            expect(chosen() is dense.backend_for("FLASH_ATTN"), f"{mode}: a refusal is not forgotten")
+            expect(chosen() is members.backend_for("dense", "FLASH_ATTN"), f"{mode}: a refusal is not forgotten")
         packed = "turboquant_4bit_nc"
         try:
             found = chosen(kv_cache_dtype=packed)
@@ -317,14 +319,14 @@ def main() -> None:
     config = VllmConfig()
     with set_current_vllm_config(config):
         the_ledger()
-        ours = dense.backend_for("CPU_ATTN")
+        ours = members.backend_for("dense", "CPU_ATTN")
         the_signatures(ours, AttentionBackend)
-        the_signatures(dense.TautImplementation, AttentionImpl)
-        the_signatures(dense.TautMetadataBuilder, AttentionMetadataBuilder)
+        the_signatures(TautImplementation, AttentionImpl)
+        the_signatures(TautMetadataBuilder, AttentionMetadataBuilder)
         from vllm.model_executor.layers.attention import attention
 
-        the_calls(attention.unified_kv_cache_update, "do_kv_cache_update", dense.TautImplementation.do_kv_cache_update)
-        the_calls(attention.unified_attention_with_output, "forward", dense.TautImplementation.forward)
+        the_calls(attention.unified_kv_cache_update, "do_kv_cache_update", TautImplementation.do_kv_cache_update)
+        the_calls(attention.unified_attention_with_output, "forward", TautImplementation.forward)
         what_is_read(config)
         the_layers(config)
         the_derived_classes()

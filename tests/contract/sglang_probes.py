@@ -9,7 +9,7 @@ from importlib import import_module
 from types import SimpleNamespace
 
 from taut.adapters.engine import Selection
-from taut.adapters.sglang import bridge, selection
+from taut.adapters.sglang import bridge, registration, selection
 
 
 def made_with(name: str, scheduler: type) -> str:
@@ -37,9 +37,9 @@ def main() -> None:
     assert bridge.MODEL_RUNNER not in sys.modules
     made: list[str] = []
     scheduler.__init__ = lambda _self, server_args: made.append(server_args.attention_backend)
-    selection.build = lambda _runner: SimpleNamespace(serves="what was accepted")
-    selection.build_drafts = lambda _runner, steps: SimpleNamespace(serves=f"{steps} steps")
-    selection.register(Selection("on"))
+    registration.build = lambda _runner: SimpleNamespace(serves="what was accepted")
+    registration.build_drafts = lambda _runner, steps: SimpleNamespace(serves=f"{steps} steps")
+    registration.register(Selection("on"))
     bridge.register_mla(lambda _layer, _batch: None)
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
     from sglang.srt.plugins.hook_registry import HookRegistry
@@ -56,7 +56,7 @@ def main() -> None:
     json.dump(
         {
             "verdicts": {touch.what: touch.verdict() for touch in bridge.LEDGER},
-            "registered": ATTENTION_BACKENDS.get(bridge.NAME) is selection.build,
+            "registered": ATTENTION_BACKENDS.get(bridge.NAME) is registration.build,
             "hooked": sorted(HookRegistry._patched),
             "made": made,
             "refused": refused,

@@ -54,8 +54,11 @@ class Partition:
         products: its warpgroup products, in order, that it has not waited for.
         copies: its cp.async that it has not asked a barrier to tell of.
         waited: whether the kernel ahead has ended, as far as it knows.
-        until: what it waits for, in words `waits_for`; None if for nothing.
+        until: what it waits for; None if for nothing.
+        waits_for: the same in words.
+        done: whether its function has returned.
         line: where it came last.
+        greenlet: what runs it.
     """
 
     name: str

@@ -48,6 +48,7 @@ def generate(
     """One run of vLLM, greedy, float32.
 
     Args:
+        model: what is run.
         attention: TAUT_ATTENTION; None leaves it unset.
         shared: whether the prompts begin alike.
         in_process: whether vLLM's core runs in the process of the caller.

@@ -47,6 +47,7 @@ def test_preemption() -> None:
     assert ours.result["preemptions"] > 0
 
 
+@pytest.mark.exhaustive  # test_vllm_serve spawns them, too, and asserts that the line is theirs
 def test_processes_of_their_own() -> None:
     """vLLM's core and worker are spawned: the line that says who serves comes from there."""
     ours = generate("on", in_process=False)
@@ -57,6 +58,7 @@ def test_processes_of_their_own() -> None:
         assert int(pid[1]) != ours.result["pid"]
 
 
+@pytest.mark.exhaustive  # test_vllm_serve and test_vllm_mla ask for CUSTOM in this way
 def test_custom_asked_for_with_the_engines_own_argument() -> None:
     assert_equal_tokens(generate(None, attention_backend="CUSTOM"), generate(None))
 

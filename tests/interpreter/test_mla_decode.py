@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from strategies import mla_cases
 
 from taut.common_kernels import portable
-from taut.common_kernels.mla_decode.triton_launch import warm_up
+from taut.common_kernels.warm_up import mixed_steps
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -80,13 +80,20 @@ def test_the_output_may_be_the_query(forms: dict[str, Any], case: MlaCase, form:
     assert_close((inputs.decode_in_place(forms[form]), None), inputs.expected(), case.dtype)
 
 
-def test_warm_up_leaves_the_cache_alone(forms: dict[str, Any]) -> None:
+def test_idle_steps_leave_the_cache_alone(forms: dict[str, Any]) -> None:
     case = MlaCase(lengths=(70, 0, 5), queries=(1, 1, 1), q_heads=3, indirect=True, padded_rows=1)
     inputs = build_mla(case)
     workspace = forms["plain"].workspace(case.problem(), 5, 5, "cpu")
-    cache = inputs.arguments[2]
+    q_nope, q_pe, cache = inputs.arguments[:3]
     before = cache.clone()
-    warm_up(case.problem(), workspace, cache, inputs.step.pages, 5, lse=True)
+    for idle in mixed_steps(5, [1]):
+        step = idle.step(case.page_size, cache.device)
+        workspace.prepare(step)
+        query, rope = (part.new_zeros(idle.tokens, *part.shape[1:]) for part in (q_nope, q_pe))
+        out, lse = torch.full_like(query, torch.nan), torch.full(query.shape[:2], torch.nan)
+        portable.mla_decode(query, rope, cache, step, out, scale=1.0, lse=lse, workspace=workspace)
+        assert (out == 0).all()
+        assert (lse == -torch.inf).all()
     assert torch.equal(before, cache) or torch.allclose(before, cache, equal_nan=True)
     workspace.prepare(inputs.step)
     assert_close(inputs.call(portable.mla_decode, workspace=workspace), inputs.expected(), case.dtype)

@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from strategies import paged_cases
 
 from taut.common_kernels import portable
+from taut.common_kernels.builtin import HOPPER, TRITON
 from taut.common_kernels.paged_attention import triton_launch
+from taut.common_kernels.warm_up import mixed_steps
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -149,14 +151,27 @@ def test_head_sizes_are_cut_into_powers_of_two() -> None:
             triton_launch.halves(size)
 
 
-def test_warm_up_leaves_a_workspace_that_serves(small: Any) -> None:
+def test_idle_steps_leave_a_workspace_that_serves(small: Any) -> None:
     inputs = build_paged(PagedCase(lengths=(37, 5, 40, 60, 3), queries=(1, 2, 1, 1, 1)))
     query, keys, values, step, mask = inputs.arguments
     problem = inputs.case.problem()
     workspace = small.workspace(problem, step.rows, len(query), "cpu")
-    triton_launch.warm_up(problem, workspace, keys, values, step.pages, 2, mask, longest_query=50, lse=True)
+    for idle in mixed_steps(2, [1, problem.max_query, 50]):
+        nobodys = idle.step(problem.page_size, query.device)
+        workspace.prepare(nobodys)
+        queries = query.new_zeros(idle.tokens, *query.shape[1:])
+        out = torch.full((*queries.shape[:2], problem.value_size), torch.nan)
+        lse = torch.full(queries.shape[:2], torch.nan)
+        small.paged_attention(queries, keys, values, nobodys, mask, out, scale=1.0, lse=lse, workspace=workspace)
+        assert (out == 0).all()
+        assert (lse == -torch.inf).all()
     workspace.prepare(step)
     assert_close(inputs.call(small.paged_attention, workspace=workspace), inputs.expected(), inputs.case.dtype)
+
+
+def test_providers_say_up_to_how_many_queries_decode_serves() -> None:
+    workspace = portable.workspace(PagedCase(**PAGED_BATCH).problem(), 4, 64, "cpu")
+    assert TRITON.query_limits == HOPPER.query_limits == (workspace.schedule.shape.longest,)
 
 
 def test_a_step_needs_its_workspace(small: Any) -> None:

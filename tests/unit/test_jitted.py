@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import ast
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-KERNELS = Path(__file__).resolve().parents[2] / "common_kernels"
-FILES = sorted(
-    path for path in KERNELS.rglob("*.py") if "@triton.jit" in path.read_text() or "@gluon.jit" in path.read_text()
-)
+from jitted import KERNELS, jitted, largest_first
 
+if TYPE_CHECKING:
+    from pathlib import Path
 
-def jitted(path: Path) -> list[ast.FunctionDef]:
-    return [
-        node
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(one) for one in node.decorator_list)
-    ]
+MOST_PARAMETERS = {"gluon": 24, "triton": 16}
+FILES = sorted({one.path for one in largest_first(KERNELS)})
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
@@ -27,9 +22,7 @@ def test_a_jitted_function_takes_nothing_from_the_triton_that_others_patch(path:
 
     What is computed on the host comes in as a number.
     """
-    functions = jitted(path)
-    assert functions
-    for function in functions:
+    for function in (one.function for one in jitted(path)):
         used = {
             ast.unparse(node)
             for statement in function.body
@@ -37,3 +30,15 @@ def test_a_jitted_function_takes_nothing_from_the_triton_that_others_patch(path:
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "triton"
         }
         assert not used, f"{function.name} uses {used}"
+
+
+def test_only_kernels_take_many_parameters() -> None:
+    """What belongs together travels together: a function below a kernel takes aggregates. Constexprs count."""
+    functions = largest_first(KERNELS)
+    assert any(one.is_kernel for one in functions)
+    too_many = [
+        f"{one.function.name} takes {one.parameters}, the most in {one.dialect} are {MOST_PARAMETERS[one.dialect]}"
+        for one in functions
+        if not one.is_kernel and one.parameters > MOST_PARAMETERS[one.dialect]
+    ]
+    assert too_many == []

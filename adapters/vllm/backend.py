@@ -1,77 +1,21 @@
-"""What dense and MLA attention share: vLLM's names for us, validation, the choice of kernels, and the lines we say."""
+"""What vLLM asks of a backend of either kind: its name, whether it can serve a layer, and whose class it is."""
 
 from __future__ import annotations
 
-import logging
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 
-import taut
-from taut.adapters.engine import serving_line
-from taut.adapters.vllm import bridge, members
-from taut.adapters.vllm.selection import leave_to_engine, model_refusals, remember, selection
-from taut.common_kernels.providers import ProviderError, registry
+from taut.adapters.vllm import bridge, selection
+from taut.adapters.vllm.serving import provider_of
+from taut.common_kernels.providers import ProviderError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from taut.common_kernels.kernels import Kernels
     from taut.common_kernels.problem import Problem
-
-log = logging.getLogger("taut.vllm")
-
-CACHE_DTYPES = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "float16": "float16", "bfloat16": "bfloat16"}
-
-
-def cache_dtype_refusal(kv_cache_dtype: str | None) -> str | None:
-    """Why a `--kv-cache-dtype` cannot be served; None when it can."""
-    if kv_cache_dtype in (None, "auto", *CACHE_DTYPES):
-        return None
-    return f"a KV cache of {kv_cache_dtype} is not supported, only auto, {', '.join(CACHE_DTYPES)}"
-
-
-def device() -> torch.device:
-    """The device that this process serves on."""
-    from vllm.platforms import current_platform
-
-    if current_platform.device_type == "cuda":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device(current_platform.device_type)
-
-
-def page_size() -> int:
-    """Tokens in a page, as far as it is settled when layers are made; vLLM's default before that."""
-    config = bridge.current_config()
-    return int(getattr(getattr(config, "cache_config", None), "block_size", None) or 16)
-
-
-def model_dtype() -> torch.dtype:
-    """The dtype of the model that is being built; torch's default, which vLLM sets to it, where none is told."""
-    told = getattr(getattr(bridge.current_config(), "model_config", None), "dtype", None)
-    return told if isinstance(told, torch.dtype) else torch.get_default_dtype()
-
-
-def table_path() -> str | None:
-    """The tile table that the user named, if any."""
-    return None if selection().table is None else str(selection().table)
-
-
-def serving_kernels(kind: str, problem: Problem) -> Kernels:
-    """The kernels that serve a layer, chosen before the engine serves; said once a process.
-
-    Called for every layer of ours, with its model's configuration at hand: what vLLM compiles of that model is kept
-    apart from what it compiles around another backend.
-
-    Raises:
-        ProviderError: nobody can serve it, or TAUT_KERNELS asks for somebody who cannot.
-    """
-    provider = registry().choose(problem, selection().kernels).provider
-    bridge.mark_compiled_code(taut.__version__)
-    _announce(kind, provider.name)
-    return provider.kernels
 
 
 class MemberBackend(AttentionBackend):
@@ -90,14 +34,14 @@ class MemberBackend(AttentionBackend):
 
     @classmethod
     def full_cls_name(cls) -> tuple[str, str]:
-        """Module and name under which vLLM finds this class again; see `members`.
+        """Module and name under which vLLM finds this class again; see `selection`.
 
-        vLLM derives classes of ours for cross attention, encoders and chunks. They keep names of their own, for by
-        these names it tells layers apart that need builders of their own.
+        vLLM derives classes of ours for cross attention, encoders and chunks. They keep distinct names because vLLM
+        groups layers by the name of their class.
         """
         if "member" not in vars(cls):
             return cls.__module__, cls.__qualname__
-        return members.__name__, members.decided_name(cls.kind, cls.member)
+        return selection.MODULE, selection.decided_name(cls.kind, cls.member)
 
     @staticmethod
     def get_supported_kernel_block_sizes(*_: Any) -> list[int | MultipleOf]:
@@ -135,7 +79,7 @@ class MemberBackend(AttentionBackend):
     @classmethod
     def supports_kv_cache_dtype(cls, kv_cache_dtype: Any) -> bool:
         """The model's dtype, float16, bfloat16 and float8 e4m3."""
-        return cache_dtype_refusal(kv_cache_dtype) is None
+        return not selection.cache_dtype_refusals(kv_cache_dtype)
 
     @classmethod
     @abstractmethod
@@ -152,22 +96,23 @@ class MemberBackend(AttentionBackend):
         """vLLM's own checks and our kernels', as sentences; with `auto` a refused layer is left to vLLM instead."""
         ours = cls if cls.answers_for_us() else class_for(_base_of(cls), "CUSTOM")
         reasons, chosen = ours._refusals(asked), cls
-        if reasons and ours is not cls and selection().mode == "auto":
-            leave_to_engine(cls.member, reasons)
+        if reasons and ours is not cls and selection.chosen().mode == "auto":
+            selection.leave_to_engine(cls.member, reasons)
             chosen = bridge.stock_class(cls.member)
             reasons = list(chosen.validate_configuration(**asked))
-        remember(cls.member, chosen)
+        selection.remember(cls.member, chosen)
         return reasons
 
     @classmethod
     def _refusals(cls, asked: dict[str, Any]) -> list[str]:
         """Why we cannot serve a layer; asked of the class that answers for ourselves."""
         reasons = list(super().validate_configuration(**asked))
-        return reasons + model_refusals(bridge.current_config(), asked, kind=cls.kind) + cls._kernel_refusals(asked)
+        reasons += selection.model_refusals(bridge.current_config(), asked, kind=cls.kind)
+        return reasons + cls._kernel_refusals(asked)
 
     @classmethod
     def _kernel_refusals(cls, asked: dict[str, Any]) -> list[str]:
-        if asked.get("use_mla", False) != cls.is_mla() or cache_dtype_refusal(asked.get("kv_cache_dtype")):
+        if asked.get("use_mla", False) != cls.is_mla() or not cls.supports_kv_cache_dtype(asked.get("kv_cache_dtype")):
             return []  # already refused above
         return [reason for problem in cls.problems_asked(asked) for reason in _provider_refusals(problem)]
 
@@ -175,17 +120,16 @@ class MemberBackend(AttentionBackend):
 def _provider_refusals(problem: Problem) -> list[str]:
     """Why no provider serves a problem; empty when one does."""
     try:
-        registry().choose(problem, selection().kernels)
+        provider_of(problem)
     except ProviderError as error:
         return [str(error)]
     return []
 
 
-_Backend = TypeVar("_Backend", bound=MemberBackend)
 _classes: dict[tuple[type[MemberBackend], str], type[MemberBackend]] = {}
 
 
-def class_for(base: type[_Backend], member: str) -> type[_Backend]:
+def class_for(base: type[MemberBackend], member: str) -> type[MemberBackend]:
     """The subclass of `base` that stands for a member of vLLM's `AttentionBackendEnum`; always the same one."""
     if (base, member) not in _classes:
         name = f"{base.__name__}_{member}"
@@ -196,21 +140,3 @@ def class_for(base: type[_Backend], member: str) -> type[_Backend]:
 def _base_of(cls: type[MemberBackend]) -> type[MemberBackend]:
     """What `class_for` made a class of."""
     return next(base for base in cls.__mro__ if "member" not in vars(base))
-
-
-_said: set[str] = set()
-
-
-def _announce(kind: str, provider: str) -> None:
-    """The line by which a process of vLLM says, once, that it serves through us."""
-    line = serving_line(kind, "vLLM", bridge.engine_version(), provider, selection().table)
-    if line not in _said:
-        _said.add(line)
-        log.info(line)
-
-
-def say_first_step(rows: int, tokens: int) -> None:
-    """At level debug, once a process: proof that a step ran through this code."""
-    if "step" not in _said:
-        _said.add("step")
-        log.debug("first step: %d rows, %d tokens", rows, tokens)

@@ -1,4 +1,7 @@
-"""What a layer of SGLang asks of our kernels, as data, settled before the engine serves; and why it is refused."""
+"""How each layer of a model is served, settled before SGLang serves: what it asks of our kernels, and who answers.
+
+A layer that cannot be served is refused here, with every reason.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from taut.adapters.sglang import bridge
+from taut.adapters.sglang import bridge, selection
 from taut.common_kernels.problem import Problem
-from taut.common_kernels.providers import ProviderError, registry
+from taut.common_kernels.providers import registry
 from taut.common_kernels.step import Mask
 from taut.common_kernels.targets import target_of
 
 if TYPE_CHECKING:
     from taut.common_kernels.kernels import Kernels
+    from taut.common_kernels.providers import KernelProvider
 
 ENCODER = "encoder_only"
 BIDIRECTIONAL = "decoder_bidirectional"
@@ -44,7 +48,7 @@ class Surroundings:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Service:
     """How one layer is served.
 
     Args:
@@ -59,13 +63,18 @@ class Plan:
     """
 
     problem: Problem
-    provider: str
+    provider: KernelProvider
     kernels: Kernels
     mask: Mask
     scale: float
     key_scale: torch.Tensor | None
     value_scale: torch.Tensor | None
     windowed_pool: bool
+
+    @property
+    def kind(self) -> str:
+        """ "dense" or "MLA", for the log."""
+        return "MLA" if self.absorbed or self.ragged else "dense"
 
     @property
     def encoder(self) -> bool:
@@ -83,6 +92,104 @@ class Plan:
         return self.problem.operation == "ragged_attention" and not self.encoder
 
 
+class Services(dict[tuple[Any, int], Service]):
+    """The services of a model's layers, by layer and by queries of a row, 0 for any number.
+
+    A layer that is not among them is judged when it is asked for.
+
+    Args:
+        layers: of the model.
+        around: what they share.
+        queries: numbers of queries of a row that kernels are made for.
+
+    Raises:
+        ValueError: not all can be served; the message holds every reason once.
+
+    Attributes:
+        first_windowed: the first layer whose keys lie in the windowed part of a hybrid pool; None while there is none.
+    """
+
+    def __init__(self, layers: list[Any], around: Surroundings, queries: list[int]) -> None:
+        super().__init__()
+        self.around = around
+        self.first_windowed: Any = None
+        reasons = dict.fromkeys(reason for layer in layers for reason in self._judge(layer, queries))
+        if reasons:
+            raise ValueError(selection.refusal(list(reasons)))
+
+    def __missing__(self, asked: tuple[Any, int]) -> Service:
+        layer, queries = asked
+        service = self._add(layer, queries, self.get((layer, 0)) or service_of(layer, self.around))
+        selection.announce(service.kind, service.provider.name)
+        return service
+
+    def widest_window(self, default: int) -> int:
+        """How far back a layer of the windowed part of a hybrid pool sees at most; `default` where there is none."""
+        return max((service.mask.left for service in self.values() if service.windowed_pool), default=default)
+
+    def announce(self) -> None:
+        """Log who serves, once for each kind of layer and provider."""
+        for service in self.values():
+            selection.announce(service.kind, service.provider.name)
+
+    def _judge(self, layer: Any, queries: list[int]) -> list[str]:
+        """Why a layer cannot be served; nothing where it can."""
+        try:
+            service = service_of(layer, self.around)
+            for count in queries:
+                self._add(layer, count, service)
+        except ValueError as error:
+            return [str(error)]
+        return []
+
+    def _add(self, layer: Any, queries: int, service: Service) -> Service:
+        self[layer, queries] = service = bounded(service, queries, self.around.kernels)
+        if self.first_windowed is None and service.windowed_pool:
+            self.first_windowed = layer
+        return service
+
+
+def service_of(layer: Any, around: Surroundings) -> Service:
+    """How a layer is served.
+
+    Raises:
+        ValueError: it cannot be; every reason is in the message.
+    """
+    reasons = refusals(layer, around)
+    if reasons:
+        raise ValueError("; ".join(reasons))
+    problem = problem_of_layer(layer, around)
+    provider = registry().choose(problem, around.kernels).provider
+    left = window(layer)
+    causal = "causal" in problem.features
+    return Service(
+        problem=problem,
+        provider=provider,
+        kernels=provider.kernels,
+        # As far after the query as before it where the layer sees both ways.
+        mask=Mask(causal, left, -1 if causal else left, float(layer.logit_cap or 0.0)),
+        scale=float(layer.scaling),
+        key_scale=_scale(layer.k_scale, around) if not around.mla else None,
+        value_scale=_scale(layer.v_scale, around) if not around.mla else None,
+        windowed_pool=bridge.has_slots_of_its_own(around.pool, layer.layer_id),
+    )
+
+
+def bounded(service: Service, queries: int, kernels: str) -> Service:
+    """The same layer in steps whose rows have at most so many queries, which kernels are made for.
+
+    Args:
+        service: in steps whose rows may have any number.
+        queries: 1 for decode; 0 for any number.
+        kernels: the provider that was asked for, or "auto".
+    """
+    if service.problem.operation == "ragged_attention" or not queries:
+        return service
+    problem = replace(service.problem, max_query=queries)
+    provider = registry().choose(problem, kernels).provider
+    return replace(service, problem=problem, provider=provider, kernels=provider.kernels)
+
+
 def refusals(layer: Any, around: Surroundings) -> list[str]:
     """Why a layer cannot be served whoever provides the kernels, as sentences that name what it asks for."""
     reasons = []
@@ -98,47 +205,6 @@ def refusals(layer: Any, around: Surroundings) -> list[str]:
         reasons.append(f"pos_encoding_mode={layer.pos_encoding_mode} is not supported")
     wrong_cache = bridge.cache_refusal(around.pool, layer.layer_id)
     return reasons + ([wrong_cache] if wrong_cache else [])
-
-
-def plan(layer: Any, around: Surroundings) -> Plan:
-    """How a layer is served.
-
-    Raises:
-        ValueError: it cannot be; every reason is in the message.
-    """
-    reasons = refusals(layer, around)
-    if reasons:
-        raise ValueError("; ".join(reasons))
-    problem = problem_of_layer(layer, around)
-    choice = registry().choose(problem, around.kernels)
-    left = window(layer)
-    causal = "causal" in problem.features
-    return Plan(
-        problem=problem,
-        provider=choice.provider.name,
-        kernels=choice.provider.kernels,
-        # As far after the query as before it where the layer sees both ways.
-        mask=Mask(causal, left, -1 if causal else left, float(layer.logit_cap or 0.0)),
-        scale=float(layer.scaling),
-        key_scale=_scale(layer.k_scale, around) if not around.mla else None,
-        value_scale=_scale(layer.v_scale, around) if not around.mla else None,
-        windowed_pool=bridge.has_slots_of_its_own(around.pool, layer.layer_id),
-    )
-
-
-def bounded(plan: Plan, queries: int, kernels: str) -> Plan:
-    """The same layer in steps whose rows have at most so many queries, which kernels are cut for.
-
-    Args:
-        plan: of steps whose rows may have any number.
-        queries: 1 for decode; 0 for any number.
-        kernels: the provider that was asked for, or "auto".
-    """
-    if plan.problem.operation == "ragged_attention" or not queries:
-        return plan
-    problem = replace(plan.problem, max_query=queries)
-    provider = registry().choose(problem, kernels).provider
-    return replace(plan, problem=problem, provider=provider.name, kernels=provider.kernels)
 
 
 def window(layer: Any) -> int:
@@ -183,27 +249,6 @@ def problem_of_layer(layer: Any, around: Surroundings) -> Problem:
         return replace(contiguous, features=contiguous.features | {"lse"})
     # Without a rope part the latent vector is key and value alike: attention with one key head, as any other.
     return problem if layer.qk_head_dim == layer.v_head_dim else replace(problem, operation="mla_decode")
-
-
-def judge(layers: list[Any], around: Surroundings) -> dict[Any, Plan]:
-    """The plans of a model's layers.
-
-    Raises:
-        ValueError: not all can be served; the message holds every reason once.
-    """
-    judged = {layer: _judged(layer, around) for layer in layers}
-    reasons = dict.fromkeys(reason for reason in judged.values() if isinstance(reason, str))
-    if reasons:
-        raise ValueError("; ".join(reasons))
-    return {layer: plan for layer, plan in judged.items() if isinstance(plan, Plan)}
-
-
-def _judged(layer: Any, around: Surroundings) -> Plan | str:
-    """A layer's plan, or why there is none."""
-    try:
-        return plan(layer, around)
-    except (ProviderError, ValueError) as error:
-        return str(error)
 
 
 def _scale(scale: Any, around: Surroundings) -> torch.Tensor | None:
