@@ -110,6 +110,7 @@ def test_drafts_of_several_tokens_beside_prefills(dense: Model, pretended_amx: P
 
 
 def test_the_engines_own_runs_untouched(dense: Model) -> None:
-    stock = generate(dense, None)
+    """In float32, which CPU_MLA takes: AMX_MLA, vLLM's choice on CPUs with matrix tiles, takes bfloat16 alone."""
+    stock = generate(dense, None, attention_backend="CPU_MLA")
     assert_stock_served(stock)
     assert stock.result["token_ids"] == dense.plain
