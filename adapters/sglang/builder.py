@@ -38,6 +38,7 @@ class TautMetadata:
         windowed_slots: [T] where the new tokens of such layers go.
         prepared: workspaces that are ready for this step, by problem and by whether its keys are windowed.
         whole_starts: [R + 1] int32: where each request begins when all its keys lie side by side.
+        mask_indptr: written, and read by nobody: Gemma 3 puts a mask for images into the metadata of any backend.
     """
 
     batch: Batch
@@ -46,8 +47,6 @@ class TautMetadata:
     windowed_slots: Tensor | None = None
     prepared: dict[tuple[Problem, bool], Workspace] = field(default_factory=dict)
     whole_starts: Tensor | None = None
-
-    # Gemma 3 writes a mask for images into the metadata of whatever backend serves.
     mask_indptr: Any = None
 
     @property

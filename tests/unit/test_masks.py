@@ -26,9 +26,10 @@ def test_the_twins_are_one_text() -> None:
 
 
 def test_nobody_else_says_who_sees_what() -> None:
-    """The names of what decides it are read in the twins alone; others hand a mask over."""
-    inside = re.compile(r"\bmask\.(?:left|right|CAUSAL|HAS_LEFT|HAS_RIGHT)\b")
-    readers = {
-        path.stem for path in FOLDER.rglob("*.py") if "jit" in (text := path.read_text()) and inside.search(text)
-    }
-    assert readers <= set(WORDS), f"also {sorted(readers - set(WORDS))}"
+    """Keys are held against positions, and windows are read, in the twins alone; others hand a mask over."""
+    decides = re.compile(
+        r"\bmask\.(?:left|right|HAS_LEFT|HAS_RIGHT)\b|[<>]=? *positions?\b|\bpositions?(?:\[[^]]*\])? *[<>]"
+    )
+    kernels = {path: text for path in FOLDER.rglob("*.py") if ".jit" in (text := path.read_text())}
+    deciding = {path.stem for path, text in kernels.items() if decides.search(text)}
+    assert deciding == set(WORDS)
