@@ -15,10 +15,11 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from taut.common_kernels import base2
 from taut.common_kernels.merge.triton_launch import merge_items
 from taut.common_kernels.mla_decode.hopper_decode import taut_mla_decode
 from taut.common_kernels.mla_decode.hopper_ring import HALF_COLUMNS, ROPE_COLUMNS, TILE_KEYS
-from taut.common_kernels.mla_decode.triton_launch import LOG2_E, MlaWorkspace, mla_tile
+from taut.common_kernels.mla_decode.triton_launch import MlaWorkspace, mla_tile
 from taut.common_kernels.schedule.triton_launch import launch_options
 from taut.common_kernels.tiles import table_for
 from taut.common_kernels.workspace import device_facts
@@ -46,36 +47,36 @@ class HopperMlaWorkspace(MlaWorkspace):
         """
         key = (cache.data_ptr(), cache.dtype, *cache.shape, *cache.stride())
         if key not in self._boxes:
-            pages, page, width = cache.shape
-            between, place, _ = cache.stride()
-            shape = [(pages - 1) * (between // place) + page, width]
+            pages, page_size, width = cache.shape
+            page_stride, slot_stride, _ = cache.stride()
+            shape = [(pages - 1) * (page_stride // slot_stride) + page_size, width]
             layout = gl.NVMMASharedLayout(128, 16, rank=2)
             self._boxes[key] = (
-                TensorDescriptor(cache, shape, [place, 1], [TILE_KEYS, HALF_COLUMNS], layout),
-                TensorDescriptor(cache, shape, [place, 1], [TILE_KEYS, ROPE_COLUMNS], layout),
+                TensorDescriptor(cache, shape, [slot_stride, 1], [TILE_KEYS, HALF_COLUMNS], layout),
+                TensorDescriptor(cache, shape, [slot_stride, 1], [TILE_KEYS, ROPE_COLUMNS], layout),
             )
         return self._boxes[key]
 
 
 def comes_in_boxes(cache: Tensor) -> bool:
     """Whether TMA can bring this cache: 64 keys of one page at a time, from a line of keys at regular distances."""
-    _, page, _ = cache.shape
-    between, place, column = cache.stride()
+    _, page_size, _ = cache.shape
+    page_stride, slot_stride, column_stride = cache.stride()
     size = cache.dtype.itemsize
     return (
         size == 2
-        and page % TILE_KEYS == 0
-        and column == 1
-        and place * size % 16 == 0
-        and between % place == 0
+        and page_size % TILE_KEYS == 0
+        and column_stride == 1
+        and slot_stride * size % 16 == 0
+        and page_stride % slot_stride == 0
         and cache.data_ptr() % 16 == 0
     )
 
 
 def comes_in_sixteens(cache: Tensor) -> bool:
     """Whether threads can copy 16 bytes of this cache at a time, as far as Triton knows: it looks for factors of 16."""
-    between, place, column = cache.stride()
-    return column == 1 and place % 16 == 0 and between % 16 == 0 and cache.data_ptr() % 16 == 0
+    page_stride, slot_stride, column_stride = cache.stride()
+    return column_stride == 1 and slot_stride % 16 == 0 and page_stride % 16 == 0 and cache.data_ptr() % 16 == 0
 
 
 def lies_in_sixteens(rows: Tensor) -> bool:
@@ -143,7 +144,7 @@ def mla_decode(
         scratch.partials,
         scratch.lses,
         cache_scale if cache_scale is not None else workspace.one,
-        scale * LOG2_E,
+        scale * base2.LOG2E,
         step.rows,
         tokens,
         schedule.shape.parts,

@@ -59,7 +59,8 @@ class Queries:
         left: shared memory [BLOCK_M, HALF], the first half of the columns; brought by the first warpgroup.
         right: the same of the second half, by the second warpgroup.
         rope: shared memory [BLOCK_M, ROPE], brought by the second warpgroup.
-        ready: barrier: two arrivals an item, one of each warpgroup.
+        ready: barrier: two arrivals an item, one of each warpgroup. The queries of the item before are not read any
+            more then: both have arrived where all of its tiles are done.
     """
 
     nope: Heads

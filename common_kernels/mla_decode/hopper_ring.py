@@ -287,8 +287,8 @@ def vectors_of(cache: Cache, pages: gl.tensor, first: gl.tensor, end_key: gl.ten
     """[BLOCK_N] where the vectors of a tile begin; positions past the end are the last key once more."""
     position = gl.minimum(first + gl.arange(0, BLOCK_N, layout=LAYOUT), end_key - 1)
     page = gl.load(pages + position // cache.PAGE_SIZE).to(gl.int64)
-    slot = (position % cache.PAGE_SIZE).to(gl.int64)
-    return cache.vectors + page * cache.page_stride + slot * cache.slot_stride
+    page_start = cache.vectors + page * cache.page_stride
+    return page_start + (position % cache.PAGE_SIZE).to(gl.int64) * cache.slot_stride
 
 
 @gluon.jit

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from taut.common_kernels import base2
 from taut.common_kernels.aggregates import aggregates_of
 from taut.common_kernels.hopper_mask import Mask, key_range, sees
 from taut.common_kernels.mla_decode.hopper_queries import Block
 from taut.common_kernels.mla_decode.hopper_ring import BLOCK_N
 from taut.common_kernels.schedule.hopper_items import Item
 
-LN2 = gl.constexpr(math.log(2))
+LN2 = gl.constexpr(base2.LN2)
 
 
 @aggregates_of(gl, gluon)
