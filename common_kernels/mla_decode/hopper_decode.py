@@ -96,7 +96,8 @@ def taut_mla_decode(
         HAS_TABLE_ROWS,
         FLOAT8,
     )
-    scoring = Scoring(scale, cache_scale, Mask(0, 0, CAUSAL, HAS_LEFT=False, HAS_RIGHT=False), FLOAT8)
+    mask = Mask(0, 0, CAUSAL, HAS_LEFT=False, HAS_RIGHT=False)
+    scoring = Scoring(scale, cache_scale, mask, MAY_BE_EMPTY=CAUSAL, FLOAT8=FLOAT8)
     results = Results(
         Heads(out, out_token_stride, out_head_stride, out_column_stride, OUT_SIXTEENS),
         lse,

@@ -142,7 +142,7 @@ def attend_few(
         first_m = anew(gl.program_id(0) % block.HEAD_BLOCKS * BLOCK_M)
         load_queries(queries, block, item, first_m, turn, WARPGROUP)
 
-        weighing = weighing_of(scoring.mask, scale, block, item, first_m, OF_M)
+        weighing = weighing_of(scoring, scale, block, item, first_m, OF_M)
         sums = Sums(
             gl.zeros([HALF, BLOCK_M], gl.float32, layout=TURNED),
             gl.zeros([HALF, BLOCK_M], gl.float32, layout=TURNED),
@@ -190,7 +190,7 @@ def add_tile(
             clear_past(left, weighing.end_key - first)
             clear_past(right, weighing.end_key - first)
     row_max = gl.maximum(sums.row_max, gl.max(scores, 0))
-    base = base_of(row_max, weighing.mask.CAUSAL)
+    base = base_of(row_max, weighing.MAY_BE_EMPTY)
     alpha = gl.exp2(sums.row_max - base)[None, :]
     weights = gl.exp2(scores - base[None, :])
     all_weights = sums.weights * alpha + weights

@@ -180,7 +180,7 @@ def attend_many(
         first_m = anew(gl.program_id(0) % block.HEAD_BLOCKS * block.BLOCK_M)
         load_queries(queries, block, item, first_m, turn, WARPGROUP)
 
-        weighing = weighing_of(scoring.mask, scale, block, item, first_m, OF_M)
+        weighing = weighing_of(scoring, scale, block, item, first_m, OF_M)
         sums = Sums(
             gl.zeros([MANY, HALF], gl.float32, layout=SUMS),
             gl.full([MANY], float("-inf"), gl.float32, layout=OF_M),
@@ -338,7 +338,7 @@ def weigh(weighing: Weighing, scores: gl.tensor, row_max: gl.tensor, first: gl.t
     if first + BLOCK_N > weighing.seen_by_all:
         scores = hide_unseen(weighing, scores, first, 0)
     new_max = gl.maximum(row_max, gl.max(scores, 1))
-    base = base_of(new_max, weighing.mask.CAUSAL)
+    base = base_of(new_max, weighing.MAY_BE_EMPTY)
     return gl.exp2(scores - base[:, None]), new_max, gl.exp2(row_max - base)
 
 
@@ -397,7 +397,7 @@ def start_others(
     mbarrier.wait(place.weighed, stage.phase)
     wait_for_keys(full, stage.phase, ring.GATHERS)
     row_max = place.row_max.load(sums.row_max.type.layout)
-    alpha = gl.exp2(sums.row_max - base_of(row_max, weighing.mask.CAUSAL))
+    alpha = gl.exp2(sums.row_max - base_of(row_max, weighing.MAY_BE_EMPTY))
     if ring.BOXES:
         clear_past(values, keys_here)
     started = warpgroup_mma(place.weights, values, rescale(sums.acc, alpha), is_async=True)

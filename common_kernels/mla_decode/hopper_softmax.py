@@ -23,12 +23,14 @@ class Scoring:
         scale: of the scores, times log2(e).
         cache_scale: pointer to the scale of the cache, which is that of keys and values, if FLOAT8.
         mask: who sees what.
+        MAY_BE_EMPTY: a query may have seen no key after a tile of its item.
         FLOAT8: whether the cache is float8.
     """
 
     scale: gl.tensor
     cache_scale: gl.tensor
     mask: Mask
+    MAY_BE_EMPTY: gl.constexpr
     FLOAT8: gl.constexpr
 
 
@@ -42,6 +44,7 @@ class Weighing:
         end_key: the first position past the item's keys.
         seen_by_all: the first position that some query does not see.
         mask: who sees what.
+        MAY_BE_EMPTY: a query may have seen no key after a tile.
     """
 
     scale: gl.tensor
@@ -49,6 +52,7 @@ class Weighing:
     end_key: gl.tensor
     seen_by_all: gl.tensor
     mask: Mask
+    MAY_BE_EMPTY: gl.constexpr
 
 
 @gluon.jit
@@ -64,12 +68,12 @@ def scales_of(scoring: Scoring) -> gl.tensor:
 
 @gluon.jit
 def weighing_of(
-    mask: Mask, scale: gl.tensor, block: Block, item: Item, first_m: gl.tensor, LAYOUT: gl.constexpr
+    scoring: Scoring, scale: gl.tensor, block: Block, item: Item, first_m: gl.tensor, LAYOUT: gl.constexpr
 ) -> Weighing:
     """How the scores of an item become weights; positions have the layout."""
     positions = item.first_position + (first_m + gl.arange(0, block.BLOCK_M, layout=LAYOUT)) // block.HEADS
-    _, _, _, seen_by_all = key_range(mask, item.first_position, item.queries, item.end_key)
-    return Weighing(scale, positions, item.end_key, seen_by_all, mask)
+    _, _, _, seen_by_all = key_range(scoring.mask, item.first_position, item.queries, item.end_key)
+    return Weighing(scale, positions, item.end_key, seen_by_all, scoring.mask, scoring.MAY_BE_EMPTY)
 
 
 @gluon.jit
