@@ -12,7 +12,6 @@ from taut.common_kernels import base2
 from taut.common_kernels.aggregates import aggregates_of
 from taut.common_kernels.schedule.triton_items import load_item, load_part
 
-aggregate = aggregates_of(tl, triton)
 LN2 = tl.constexpr(base2.LN2)
 LOG2E = tl.constexpr(base2.LOG2E)
 
@@ -63,7 +62,7 @@ def merged(row_max: tl.tensor, row_sum: tl.tensor, mixed: tl.tensor) -> tuple[tl
     return mixed / safe[:, None], tl.where(seen, (row_max + tl.log2(safe)) * LN2, float("-inf"))
 
 
-@aggregate
+@aggregates_of(tl, triton)
 class Partials:
     """Where the partial results of some m lie.
 

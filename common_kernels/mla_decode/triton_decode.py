@@ -21,11 +21,10 @@ from taut.common_kernels.float8 import decode
 from taut.common_kernels.schedule.triton_items import load_first_item, load_item, load_part, tiles_of
 from taut.common_kernels.triton_mask import Mask, sees
 
-aggregate = aggregates_of(tl, triton)
 LN2 = tl.constexpr(base2.LN2)
 
 
-@aggregate
+@aggregates_of(tl, triton)
 class Latents:
     """Where the latent vectors of a row lie.
 
@@ -48,7 +47,7 @@ class Latents:
     NATIVE_FLOAT8: tl.constexpr
 
 
-@aggregate
+@aggregates_of(tl, triton)
 class Queries:
     """The queries of an item, one for each head and token.
 
@@ -66,7 +65,7 @@ class Queries:
     TRANSPOSED: tl.constexpr
 
 
-@aggregate
+@aggregates_of(tl, triton)
 class Sums:
     """What a pass of the online softmax has come to.
 

@@ -17,8 +17,6 @@ from taut.common_kernels import base2, float8
 from taut.common_kernels.aggregates import aggregates_of
 from taut.common_kernels.triton_mask import Mask, sees
 
-aggregate = aggregates_of(tl, triton)
-
 LOG2E = tl.constexpr(base2.LOG2E)
 LN2 = tl.constexpr(base2.LN2)
 LOWEST = tl.constexpr(base2.LOWEST)
@@ -46,7 +44,7 @@ def as_numbers(cached: tl.tensor, DTYPE: tl.constexpr, FLOAT8: tl.constexpr, NAT
     return float8.decode(cached, NATIVE_FLOAT8, DTYPE) if FLOAT8 else cached.to(DTYPE)
 
 
-@aggregate
+@aggregates_of(tl, triton)
 class Scoring:
     """How products of queries and keys become weights.
 
@@ -63,7 +61,7 @@ class Scoring:
     HAS_SLOPES: tl.constexpr
 
 
-@aggregate
+@aggregates_of(tl, triton)
 class Queries:
     """The queries of a tile, one for each m.
 
@@ -80,7 +78,7 @@ class Queries:
     slopes: tl.tensor
 
 
-@aggregate
+@aggregates_of(tl, triton)
 class Keys:
     """Where the keys and values of a row lie, for one head.
 
@@ -116,7 +114,7 @@ class Keys:
     NATIVE_FLOAT8: tl.constexpr
 
 
-@aggregate
+@aggregates_of(tl, triton)
 class Sums:
     """What a pass of the online softmax has come to.
 

@@ -12,12 +12,11 @@ import triton.language as tl
 
 from taut.common_kernels.aggregates import aggregates_of
 
-aggregate = aggregates_of(tl, triton)
 RECORD = tl.constexpr(8)
 PART_RECORD = tl.constexpr(16)
 
 
-@aggregate
+@aggregates_of(tl, triton)
 class Part:
     """A program's share of the schedule.
 
@@ -36,7 +35,7 @@ class Part:
     first_split: tl.tensor
 
 
-@aggregate
+@aggregates_of(tl, triton)
 class Item:
     """Some queries of one row and the keys that they may see.
 

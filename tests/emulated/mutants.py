@@ -18,7 +18,8 @@ from emulated import test_hopper_mla, test_hopper_paged
 from emulated.test_hopper_mla import _assembly, _hopper_of_few_multiprocessors  # noqa: F401 - fixtures
 from emulated.test_hopper_paged import LONG, SHORT, small  # noqa: F401
 from taut.common_kernels import hopper
-from taut.common_kernels.mla_decode import hopper_launch as mla
+from taut.common_kernels.mla_decode import hopper_few_rows, hopper_many_rows, hopper_queries
+from taut.common_kernels.mla_decode import hopper_ring as mla_ring
 from taut.common_kernels.paged_attention import hopper_decode, hopper_prefill, hopper_ring
 
 CALLS = {
@@ -68,7 +69,7 @@ def attend_paged(kernels: Any) -> None:
                 test_hopper_paged.check(kernels, PagedCase(**case), served_by, seed)
 
 
-@pytest.mark.parametrize(("file", "line"), statements(mla))
+@pytest.mark.parametrize(("file", "line"), statements(mla_ring, hopper_queries, hopper_many_rows, hopper_few_rows))
 def test_mla_decode(file: str, line: int) -> None:
     with without(file, line), pytest.raises(AssertionError):
         attend_latent()

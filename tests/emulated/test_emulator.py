@@ -358,10 +358,7 @@ def test_the_emulator_has_what_the_kernels_use_and_nothing_else() -> None:
     assert unused == set(), "no kernel uses these"
 
 
-aggregate = aggregates_of(gl, gluon)
-
-
-@aggregate
+@aggregates_of(gl, gluon)
 class Scaled:
     factor: gl.tensor
     offsets: gl.tensor | None

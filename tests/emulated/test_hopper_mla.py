@@ -57,7 +57,7 @@ CASES: dict[str, MlaCase] = {
     "16 rows, gathered, several queries": MlaCase(q_heads=4, page_size=1, strided_query=True, **SEVERAL),
     "16 rows, float8": MlaCase(q_heads=12, page_size=16, cache_dtype="float8_e4m3fn", scales="tensor", **RAGGED),
     "32 rows, boxes, several queries": MlaCase(q_heads=8, page_size=64, **SEVERAL),
-    "8 rows, boxes, slots filled often": MlaCase(q_heads=8, page_size=64, lengths=(1000, 3), queries=(1, 1)),
+    "8 rows, boxes, stages filled often": MlaCase(q_heads=8, page_size=64, lengths=(1000, 3), queries=(1, 1)),
     "nobody has keys": MlaCase(q_heads=64, lengths=(0, 0), queries=(1, 2), page_size=64),
 }
 
@@ -78,12 +78,12 @@ def test_contract(case: str) -> None:
 @pytest.mark.parametrize("case", ["64 rows, boxes", "16 rows, boxes"])
 def test_values_past_the_end_must_be_cleared(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     """The poison would be seen: the cases reach what they are made for."""
-    gluon_emulator.replace("_clear_past", lambda *_: None)
+    gluon_emulator.replace("clear_past", lambda *_: None)
     try:
         with pytest.raises(AssertionError):
             run(case, 0)
     finally:
-        gluon_emulator.jit.Settings.replaced.pop("_clear_past")
+        gluon_emulator.jit.Settings.replaced.pop("clear_past")
 
 
 def at_odd_addresses(rows: torch.Tensor) -> torch.Tensor:
