@@ -10,7 +10,7 @@ import triton.language as tl
 
 from taut.common_kernels import base2
 from taut.common_kernels.aggregates import aggregates_of
-from taut.common_kernels.schedule.triton_items import load_item, load_part
+from taut.common_kernels.schedule.triton_items import Schedule, load_item, load_part
 
 LN2 = tl.constexpr(base2.LN2)
 LOG2E = tl.constexpr(base2.LOG2E)
@@ -188,15 +188,16 @@ def taut_merge(
     EARLY: tl.constexpr,  # whether this kernel may start before the one ahead has ended
 ) -> None:
     """One program merges some columns of some m of one split item; see `triton_launch.merge_items`."""
+    schedule = Schedule(items, parts)
     if BY_ITEM:
         number = tl.program_id(2)
         first = True
     else:
         # An item is split where a part ends amid it, and only one such part is the item's first.
-        part = load_part(parts, tl.program_id(2))
+        part = load_part(schedule, tl.program_id(2))
         first = (part.last_item >= 0) & ((part.last_item > part.first_item) | (part.first_tile == 0))
         number = tl.maximum(part.last_item, 0)
-    item = load_item(items, number)
+    item = load_item(schedule, number)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     query, head = m // HEADS, m % HEADS
     here = query < item.queries

@@ -18,7 +18,7 @@ import triton.language as tl
 from taut.common_kernels import base2
 from taut.common_kernels.aggregates import aggregates_of
 from taut.common_kernels.float8 import decode
-from taut.common_kernels.schedule.triton_items import load_first_item, load_item, load_part, tiles_of
+from taut.common_kernels.schedule.triton_items import Schedule, load_first_item, load_item, load_part, tiles_of
 from taut.common_kernels.triton_mask import Mask, sees
 
 LN2 = tl.constexpr(base2.LN2)
@@ -241,8 +241,9 @@ def taut_mla_decode(
     # Programs of one part stand side by side, so that they find each other's keys in the L2 cache.
     part = tl.program_id(0) // HEAD_BLOCKS
     head_block = tl.program_id(0) % HEAD_BLOCKS
-    share = load_part(parts, part)
-    item = load_first_item(parts, part)
+    schedule = Schedule(items, parts)
+    share = load_part(schedule, part)
+    item = load_first_item(schedule, part)
     padding_start = tl.load(query_starts + rows)  # early, so that nothing waits for it at the end
     lanes = tl.arange(0, BLOCK_M)
     flat = head_block * BLOCK_M + lanes  # heads of the item's first query, then of its second, ...
@@ -261,7 +262,7 @@ def taut_mla_decode(
         key_tiles = tl.cdiv(item.end_key - item.first_key, BLOCK_N)
         begin = tl.where(number == share.first_item, share.first_tile, 0)
         is_last = number == share.last_item
-        end = tl.where(is_last, share.end_tile, tiles_of(item.queries, item.first_key, item.end_key, BLOCK_N))
+        end = tl.where(is_last, share.end_tile, tiles_of(item, BLOCK_N))
         end = tl.minimum(end, key_tiles)
 
         live = query < item.queries
@@ -331,7 +332,7 @@ def taut_mla_decode(
             else:
                 out_at = out_rows[:, None] + columns[None, :] * out_stride
             tl.store(out + first_token * out_token_stride + out_at, acc.to(out.dtype.element_ty), mask=q_here)
-        item = load_item(items, tl.minimum(number + 1, share.last_item))
+        item = load_item(schedule, tl.minimum(number + 1, share.last_item))
 
     # Tokens of no row: the padding of a batch.
     for padding in range(padding_start + part, tokens, parts_count):

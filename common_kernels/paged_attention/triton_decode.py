@@ -23,7 +23,7 @@ from taut.common_kernels.paged_attention.triton_softmax import (
     nothing_seen,
     scale_of_scores,
 )
-from taut.common_kernels.schedule.triton_items import load_first_item, load_item, load_part, tiles_of
+from taut.common_kernels.schedule.triton_items import Schedule, load_first_item, load_item, load_part, tiles_of
 from taut.common_kernels.triton_mask import Mask, key_range, sees_any
 
 
@@ -112,8 +112,9 @@ def taut_decode(
     part = tl.program_id(1)
     if EARLY:
         tl.extra.cuda.gdc_wait()
-    share = load_part(parts, part)
-    item = load_first_item(parts, part)
+    schedule = Schedule(items, parts)
+    share = load_part(schedule, part)
+    item = load_first_item(schedule, part)
     if PADDING:
         padding_start = tl.load(query_starts + rows)  # early, so that nothing waits for it at the end
 
@@ -144,15 +145,13 @@ def taut_decode(
         row_slopes = tl.load(slopes + heads, mask=ours, other=0.0) * LOG2E
 
     for number in range(share.first_item, share.last_item + 1):
-        next_item = load_item(items, tl.minimum(number + 1, share.last_item))  # early, too
+        next_item = load_item(schedule, tl.minimum(number + 1, share.last_item))  # early, too
         if table_rows is None:
             table_row = table + item.row.to(tl.int64) * table_stride
         else:
             table_row = table + tl.load(table_rows + item.row).to(tl.int64) * table_stride
         begin = tl.where(number == share.first_item, share.first_tile, 0)
-        end = tl.where(
-            number == share.last_item, share.end_tile, tiles_of(item.queries, item.first_key, item.end_key, CUT)
-        )
+        end = tl.where(number == share.last_item, share.end_tile, tiles_of(item, CUT))
         here = ours & (lane_query < item.queries)
         positions = item.first_position + lane_query
         query_tokens = (item.first_query + lane_query).to(tl.int64)

@@ -24,7 +24,7 @@ LOWEST = tl.constexpr(base2.LOWEST)
 
 @triton.jit
 def page_numbers(table_row: tl.tensor, keys: tl.tensor, end: tl.tensor, PAGE_SIZE: tl.constexpr) -> tl.tensor:
-    """The pages of some keys of a row, told by their positions; 0, and nothing read, for those that are not before `end`."""
+    """The pages of the keys at some positions; 0, and nothing read, for those that are not before `end`."""
     return tl.load(table_row + keys // PAGE_SIZE, mask=keys < end, other=0)
 
 

@@ -17,6 +17,19 @@ PART_RECORD = tl.constexpr(16)
 
 
 @aggregates_of(tl, triton)
+class Schedule:
+    """Who computes what: the tables of a step.
+
+    Attributes:
+        items: pointer to the records of items.
+        parts: pointer to the records of parts.
+    """
+
+    items: tl.tensor
+    parts: tl.tensor
+
+
+@aggregates_of(tl, triton)
 class Part:
     """A program's share of the schedule.
 
@@ -61,22 +74,27 @@ class Item:
 
 
 @triton.jit
-def load_part(parts: tl.tensor, part: tl.tensor) -> Part:
-    """The record of a part."""
-    record = parts + part * PART_RECORD
+def load_part(schedule: Schedule, number: tl.tensor) -> Part:
+    """A part by its number."""
+    record = schedule.parts + number * PART_RECORD
     return Part(tl.load(record), tl.load(record + 1), tl.load(record + 2), tl.load(record + 3), tl.load(record + 4))
 
 
 @triton.jit
-def load_first_item(parts: tl.tensor, part: tl.tensor) -> Item:
-    """The record of the item that a part begins in; zeros where the part idles."""
-    return load_item(parts + RECORD, part * (PART_RECORD // RECORD))
+def load_item(schedule: Schedule, number: tl.tensor) -> Item:
+    """An item by its number."""
+    return load_record(schedule.items + number * RECORD)  # type: ignore[no-any-return]
 
 
 @triton.jit
-def load_item(items: tl.tensor, item: tl.tensor) -> Item:
-    """The record of an item."""
-    record = items + item * RECORD
+def load_first_item(schedule: Schedule, number: tl.tensor) -> Item:
+    """The item that a part begins in, which lies beside the part's record; zeros where the part idles."""
+    return load_record(schedule.parts + number * PART_RECORD + RECORD)  # type: ignore[no-any-return]
+
+
+@triton.jit
+def load_record(record: tl.tensor) -> Item:
+    """The item whose record begins at an address."""
     return Item(
         tl.load(record),
         tl.load(record + 1),
@@ -90,6 +108,12 @@ def load_item(items: tl.tensor, item: tl.tensor) -> Item:
 
 
 @triton.jit
-def tiles_of(queries: tl.tensor, first_key: tl.tensor, end_key: tl.tensor, CUT: tl.constexpr) -> tl.tensor:
-    """Schedule tiles of an item: at least one, if it has queries."""
+def tiles_of(item: Item, CUT: tl.constexpr) -> tl.tensor:
+    """Schedule tiles of an item, of CUT keys each."""
+    return tiles_between(item.queries, item.first_key, item.end_key, CUT)
+
+
+@triton.jit
+def tiles_between(queries: tl.tensor, first_key: tl.tensor, end_key: tl.tensor, CUT: tl.constexpr) -> tl.tensor:
+    """Schedule tiles between two keys: at least one, if there are queries."""
     return tl.where(queries > 0, tl.maximum(tl.cdiv(end_key - first_key, CUT), 1), 0)

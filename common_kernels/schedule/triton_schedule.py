@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from taut.common_kernels.schedule.triton_items import PART_RECORD, RECORD, tiles_of
+from taut.common_kernels.schedule.triton_items import PART_RECORD, RECORD, tiles_between
 
 
 @triton.jit
@@ -158,7 +158,7 @@ def taut_schedule(
             ONE_BLOCK,
             STEPS,
         )
-        tiles = tiles_of(queries, first_key, end_key, CUT)
+        tiles = tiles_between(queries, first_key, end_key, CUT)
         total += tl.sum(tiles)
         if SPARE > 0:
             count += tl.sum((tiles > 0).to(tl.int32))
@@ -180,7 +180,7 @@ def taut_schedule(
         row, first_query, queries, first_position, first_key, end_key = _describe(
             item, item_count, lengths, query_starts, row_items, rows, CUT, BLOCK, LEFT, RIGHT, ONE_BLOCK, STEPS
         )
-        tiles = tiles_of(queries, first_key, end_key, CUT)
+        tiles = tiles_between(queries, first_key, end_key, CUT)
         item_end = tiles_before + tl.cumsum(tiles)
         item_start = item_end - tiles
         first_part = _part_of_tile(item_start, divisor, active)
