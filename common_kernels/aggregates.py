@@ -3,9 +3,7 @@
 An aggregate holds data. What reads it is a free function that takes it, in Triton and in Gluon alike: Triton's
 interpreter drops an aggregate's methods.
 
-    aggregate = aggregates_of(tl, triton)
-
-    @aggregate
+    @aggregates_of(tl, triton)
     class Mask:
         left: tl.tensor
         CAUSAL: tl.constexpr
@@ -23,11 +21,13 @@ from inspect import Parameter, Signature
 from typing import TYPE_CHECKING, Any
 
 from triton.language import core
+from typing_extensions import dataclass_transform  # typing's own from Python 3.11 on
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+@dataclass_transform()
 def aggregates_of(language: Any, home: Any) -> Callable[[type], Any]:
     """The decorator that makes a class an aggregate of a language.
 

@@ -11,10 +11,8 @@ from triton.experimental.gluon import language as gl
 
 from taut.common_kernels.aggregates import aggregates_of
 
-aggregate = aggregates_of(gl, gluon)
 
-
-@aggregate
+@aggregates_of(gl, gluon)
 class Mask:
     """Who sees what.
 

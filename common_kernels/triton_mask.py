@@ -11,10 +11,8 @@ import triton.language as tl
 
 from taut.common_kernels.aggregates import aggregates_of
 
-aggregate = aggregates_of(tl, triton)
 
-
-@aggregate
+@aggregates_of(tl, triton)
 class Mask:
     """Who sees what.
 

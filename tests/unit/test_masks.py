@@ -15,7 +15,7 @@ def what_is_said(name: str) -> str:
     """A twin from its first aggregate on, with one name for its language."""
     text = (FOLDER / f"{name}.py").read_text()
     language, home = WORDS[name]
-    text = text[text.index("\naggregate = ") :]
+    text = text[text.index("\n@aggregates_of(") :]
     return re.sub(
         rf"@{home}\.jit", "@jit", re.sub(rf"\b{language}\b", "language", text).replace(f", {home})", ", home)")
     )
