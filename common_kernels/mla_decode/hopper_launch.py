@@ -78,6 +78,9 @@ from taut.common_kernels.gluon_features import THREAD_BARRIERS, TMA_LOADS, first
 from taut.common_kernels.merge.triton_launch import merge_items
 from taut.common_kernels.mla_decode.triton_launch import LOG2_E, MlaWorkspace, mla_tile
 from taut.common_kernels.schedule.hopper_items import (
+    Item,
+    Part,
+    Schedule,
     let_next_start,
     load_first_item,
     load_item,
@@ -129,18 +132,14 @@ def anew(number: gl.tensor) -> gl.tensor:
 
 @gluon.jit
 def _tiles(
-    item: gl.tensor,
-    first_item: gl.tensor,
-    first_tile: gl.tensor,
-    last_item: gl.tensor,
-    end_tile: gl.tensor,
-    first_key: gl.tensor,
-    end_key: gl.tensor,
+    part: Part,
+    number: gl.tensor,
+    item: Item,
 ) -> gl.tensor:
-    """The tiles of an item that a part works on, begin <= tile < end; none of a row without keys."""
-    tiles = (gl.maximum(end_key - first_key, 0) + KEYS - 1) // KEYS
-    begin = gl.where(item == first_item, first_tile, 0)
-    end = gl.where(item == last_item, gl.minimum(end_tile, tiles), tiles)
+    """The tiles of an item, by its number, that a part works on, begin <= tile < end; none of a row without keys."""
+    tiles = (gl.maximum(item.end_key - item.first_key, 0) + KEYS - 1) // KEYS
+    begin = gl.where(number == part.first_item, part.first_tile, 0)
+    end = gl.where(number == part.last_item, gl.minimum(part.end_tile, tiles), tiles)
     return begin, gl.maximum(begin, end)
 
 
@@ -221,22 +220,25 @@ def _bring_by_tma(
     left, right, rope = buffers
     full_left, full_right, free_left, free_right = barriers
     table_stride, _, _, page_keys = numbers
-    part = gl.program_id(0) // HEAD_BLOCKS
-    first_item, first_tile, last_item, end_tile, _ = load_part(parts, part)
-    row, _, _, _, first_key, end_key, _, _ = load_first_item(parts, part)
+    schedule = Schedule(items, parts)
+    part_number = gl.program_id(0) // HEAD_BLOCKS
+    part = load_part(schedule, part_number)
+    item = load_first_item(schedule, part_number)
     n = 0
-    for item in range(first_item, last_item + 1):
-        begin, end = _tiles(item, first_item, first_tile, last_item, end_tile, first_key, end_key)
-        table_row = row.to(gl.int64)
+    for number in range(part.first_item, part.last_item + 1):
+        begin, end = _tiles(part, number, item)
+        table_row = item.row.to(gl.int64)
         if HAS_TABLE_ROWS:
-            table_row = gl.load(table_rows + row).to(gl.int64)
+            table_row = gl.load(table_rows + item.row).to(gl.int64)
         pages = table + table_row * table_stride
         last_tile = gl.maximum(end - 1, 0)
-        page = gl.load(pages + (first_key + gl.minimum(begin, last_tile) * KEYS) // PAGE, mask=begin < end, other=0)
+        page = gl.load(
+            pages + (item.first_key + gl.minimum(begin, last_tile) * KEYS) // PAGE, mask=begin < end, other=0
+        )
         for tile in range(begin, end):
-            first = first_key + tile * KEYS
+            first = item.first_key + tile * KEYS
             at = page * page_keys + first % PAGE
-            page = gl.load(pages + (first_key + gl.minimum(tile + 1, last_tile) * KEYS) // PAGE)  # one tile ahead
+            page = gl.load(pages + (item.first_key + gl.minimum(tile + 1, last_tile) * KEYS) // PAGE)  # one tile ahead
             slot = n % STAGES
             phase = (n // STAGES) & 1
             mbarrier.wait(free_left.index(slot), phase ^ 1)
@@ -247,7 +249,7 @@ def _bring_by_tma(
             tma_load(wide, [at, HALF], full_right.index(slot), right.index(slot))
             tma_load(narrow, [at, LATENT], full_right.index(slot), rope.index(slot))
             n += 1
-        row, _, _, _, first_key, end_key, _, _ = load_item(items, gl.minimum(item + 1, last_item))
+        item = load_item(schedule, gl.minimum(number + 1, part.last_item))
 
 
 @gluon.jit
@@ -298,25 +300,33 @@ def _bring_by_threads(
     OF_KEY: gl.constexpr = gl.SliceLayout(1, BY_KEY)
     column = gl.arange(0, HALF, layout=gl.SliceLayout(0, BY_KEY))[None, :]
     rope_column = LATENT + gl.arange(0, ROPE, layout=gl.SliceLayout(0, BY_KEY))[None, :]
-    part = gl.program_id(0) // HEAD_BLOCKS
-    first_item, first_tile, last_item, end_tile, _ = load_part(parts, part)
-    row, _, _, _, first_key, end_key, _, _ = load_first_item(parts, part)
+    schedule = Schedule(items, parts)
+    part_number = gl.program_id(0) // HEAD_BLOCKS
+    part = load_part(schedule, part_number)
+    item = load_first_item(schedule, part_number)
     n = 0
-    for item in range(first_item, last_item + 1):
-        begin, end = _tiles(item, first_item, first_tile, last_item, end_tile, first_key, end_key)
+    for number in range(part.first_item, part.last_item + 1):
+        begin, end = _tiles(part, number, item)
         if begin < end:
-            table_row = row.to(gl.int64)
+            table_row = item.row.to(gl.int64)
             if HAS_TABLE_ROWS:
-                table_row = gl.load(table_rows + row).to(gl.int64)
+                table_row = gl.load(table_rows + item.row).to(gl.int64)
             pages = table + table_row * table_stride
             vectors = _vectors_at(
-                cache, stride_page, stride_place, pages, first_key + begin * KEYS, end_key, PAGE, OF_KEY
+                cache, stride_page, stride_place, pages, item.first_key + begin * KEYS, item.end_key, PAGE, OF_KEY
             )
             for tile in range(begin, end):
                 here = vectors[:, None]
                 # One tile ahead, so that no key waits for a page number.
                 vectors = _vectors_at(
-                    cache, stride_page, stride_place, pages, first_key + (tile + 1) * KEYS, end_key, PAGE, OF_KEY
+                    cache,
+                    stride_page,
+                    stride_place,
+                    pages,
+                    item.first_key + (tile + 1) * KEYS,
+                    item.end_key,
+                    PAGE,
+                    OF_KEY,
                 )
                 slot = n % STAGES
                 phase = (n // STAGES) & 1
@@ -344,7 +354,7 @@ def _bring_by_threads(
                     thread_barrier()
                     mbarrier.arrive(full_right.index(slot), count=1)
                 n += 1
-        row, _, _, _, first_key, end_key, _, _ = load_item(items, gl.minimum(item + 1, last_item))
+        item = load_item(schedule, gl.minimum(number + 1, part.last_item))
 
 
 @gluon.jit
@@ -652,32 +662,35 @@ def _consume_many(
     else:
         values, q_half, full, free = right, q_right, full_right, free_right
     query, keys, full_both = (q_left, q_right, q_rope), (left, right, rope), (full_left, full_right)
-    part = gl.program_id(0) // HEAD_BLOCKS
-    first_item, first_tile, last_item, end_tile, split = load_part(parts, part)
-    _, first_query, queries, first_position, first_key, end_key, splits, first_partial = load_first_item(parts, part)
+    schedule = Schedule(items, parts)
+    part_number = gl.program_id(0) // HEAD_BLOCKS
+    part = load_part(schedule, part_number)
+    item = load_first_item(schedule, part_number)
     padding_start = gl.load(query_starts + step_rows)  # early, so that nothing waits for it at the end
     result_scale = 1.0
     if QUANTISED:
         result_scale = gl.load(cache_scale)
         scale = scale * result_scale
     n = 0
-    for item in range(first_item, last_item + 1):
-        turn = item - first_item
-        begin, end = _tiles(item, first_item, first_tile, last_item, end_tile, first_key, end_key)
+    for number in range(part.first_item, part.last_item + 1):
+        turn = number - part.first_item
+        begin, end = _tiles(part, number, item)
         first_row = anew(gl.program_id(0) % HEAD_BLOCKS * MANY)
-        _load_query(q_half, q_rope, q_nope, q_pe, q_strides, first_query, queries, first_row, WHO, HEADS, MANY)
+        _load_query(
+            q_half, q_rope, q_nope, q_pe, q_strides, item.first_query, item.queries, first_row, WHO, HEADS, MANY
+        )
         thread_barrier()
         mbarrier.arrive(query_ready, count=1)
         mbarrier.wait(query_ready, turn & 1)
 
-        position = first_position + (first_row + gl.arange(0, MANY, layout=OF_ROW)) // HEADS
-        seen_by_all = end_key
+        position = item.first_position + (first_row + gl.arange(0, MANY, layout=OF_ROW)) // HEADS
+        seen_by_all = item.end_key
         if CAUSAL:
-            seen_by_all = gl.minimum(end_key, first_position + 1)
+            seen_by_all = gl.minimum(item.end_key, item.first_position + 1)
         acc = gl.zeros([MANY, HALF], gl.float32, layout=SUMS)
         top = gl.full([MANY], float("-inf"), gl.float32, layout=OF_ROW)
         total = gl.zeros([MANY], gl.float32, layout=OF_ROW)
-        first = first_key + begin * KEYS
+        first = item.first_key + begin * KEYS
         for _ in range((end - begin) // 2):
             even, even_phase = n % 2, (n // 2) & 1
             odd, odd_phase = (n + 1) % 2, ((n + 1) // 2) & 1
@@ -698,7 +711,7 @@ def _consume_many(
                     even_phase,
                     scale,
                     first,
-                    end_key,
+                    item.end_key,
                     KEYS,
                     seen_by_all,
                     position,
@@ -716,7 +729,7 @@ def _consume_many(
                     values.index(odd),
                     full.index(odd),
                     odd_phase,
-                    end_key - first - KEYS,
+                    item.end_key - first - KEYS,
                     CAUSAL,
                     TMA,
                     GATHERED,
@@ -744,7 +757,9 @@ def _consume_many(
                     TMA,
                     GATHERED,
                 )
-                weights, top, fade = _weigh(scores, top, scale, first + KEYS, end_key, seen_by_all, position, CAUSAL)
+                weights, top, fade = _weigh(
+                    scores, top, scale, first + KEYS, item.end_key, seen_by_all, position, CAUSAL
+                )
                 total = worked_out(total * fade + gl.sum(weights, 1))
                 weights = weights.to(rope.dtype)
                 _hand_over(weights, top, rope.index(odd), tops.index(odd), weighed.index(odd))
@@ -752,7 +767,7 @@ def _consume_many(
                 thread_barrier()
                 mbarrier.arrive(free.index(even), count=1)
                 acc = _sum_own(
-                    _fade(acc, fade), weights, values.index(odd), free.index(odd), end_key - first - KEYS, TMA
+                    _fade(acc, fade), weights, values.index(odd), free.index(odd), item.end_key - first - KEYS, TMA
                 )
             first += 2 * KEYS
             n += 2
@@ -775,8 +790,8 @@ def _consume_many(
                     even_phase,
                     scale,
                     first,
-                    end_key,
-                    end_key - first,
+                    item.end_key,
+                    item.end_key - first,
                     seen_by_all,
                     position,
                     CAUSAL,
@@ -794,7 +809,7 @@ def _consume_many(
                     values.index(even),
                     full.index(even),
                     even_phase,
-                    end_key - first,
+                    item.end_key - first,
                     CAUSAL,
                     TMA,
                     GATHERED,
@@ -814,14 +829,14 @@ def _consume_many(
         total = gl.where(seen_any, total, 1.0)
         acc = _fade(acc, result_scale / total)
         natural = gl.where(seen_any, (top + gl.log2(total)) * LN2, float("-inf"))
-        slot = first_partial + gl.where(item == first_item, split, 0)
-        record = (first_query, queries, splits, slot)
+        slot = item.first_partial + gl.where(number == part.first_item, part.first_split, 0)
+        record = (item.first_query, item.queries, item.splits, slot)
         _finish(acc, natural, outputs, out_strides, record, first_row, WHO, HEADS, HEAD_BLOCKS, MANY, 0, HAS_LSE)
-        _, first_query, queries, first_position, first_key, end_key, splits, first_partial = load_item(
-            items, gl.minimum(item + 1, last_item)
-        )
+        item = load_item(schedule, gl.minimum(number + 1, part.last_item))
     first_row = gl.program_id(0) % HEAD_BLOCKS * MANY
-    _fill_padding(outputs, out_strides, padding_start + part, tokens, parts_count, first_row, WHO, HEADS, MANY, HAS_LSE)
+    _fill_padding(
+        outputs, out_strides, padding_start + part_number, tokens, parts_count, first_row, WHO, HEADS, MANY, HAS_LSE
+    )
 
 
 # Few rows
@@ -857,28 +872,31 @@ def _consume_few(
     OF_ROW: gl.constexpr = gl.SliceLayout(0, KEYS_ROWS)
     q_half = q_left if WHO == 0 else q_right
     weights_at = weights.index(WHO)
-    part = gl.program_id(0) // HEAD_BLOCKS
-    first_item, first_tile, last_item, end_tile, split = load_part(parts, part)
-    _, first_query, queries, first_position, first_key, end_key, splits, first_partial = load_first_item(parts, part)
+    schedule = Schedule(items, parts)
+    part_number = gl.program_id(0) // HEAD_BLOCKS
+    part = load_part(schedule, part_number)
+    item = load_first_item(schedule, part_number)
     padding_start = gl.load(query_starts + step_rows)  # early, so that nothing waits for it at the end
     result_scale = 1.0
     if QUANTISED:
         result_scale = gl.load(cache_scale)
         scale = scale * result_scale
     done = 0  # tiles of the part's earlier items
-    for item in range(first_item, last_item + 1):
-        turn = item - first_item
-        begin, end = _tiles(item, first_item, first_tile, last_item, end_tile, first_key, end_key)
+    for number in range(part.first_item, part.last_item + 1):
+        turn = number - part.first_item
+        begin, end = _tiles(part, number, item)
         first_row = anew(gl.program_id(0) % HEAD_BLOCKS * ROWS)
-        _load_query(q_half, q_rope, q_nope, q_pe, q_strides, first_query, queries, first_row, WHO, HEADS, ROWS)
+        _load_query(
+            q_half, q_rope, q_nope, q_pe, q_strides, item.first_query, item.queries, first_row, WHO, HEADS, ROWS
+        )
         thread_barrier()
         mbarrier.arrive(query_ready, count=1)
         mbarrier.wait(query_ready, turn & 1)
 
-        position = first_position + (first_row + gl.arange(0, ROWS, layout=OF_ROW)) // HEADS
-        seen_by_all = end_key
+        position = item.first_position + (first_row + gl.arange(0, ROWS, layout=OF_ROW)) // HEADS
+        seen_by_all = item.end_key
         if CAUSAL:
-            seen_by_all = gl.minimum(end_key, first_position + 1)
+            seen_by_all = gl.minimum(item.end_key, item.first_position + 1)
         low = gl.zeros([HALF, ROWS], gl.float32, layout=KEYS_ROWS)
         high = gl.zeros([HALF, ROWS], gl.float32, layout=KEYS_ROWS)
         top = gl.full([ROWS], float("-inf"), gl.float32, layout=OF_ROW)
@@ -887,7 +905,7 @@ def _consume_few(
             n = done + tile - begin
             slot = n % STAGES
             phase = (n // STAGES) & 1
-            first = first_key + tile * KEYS
+            first = item.first_key + tile * KEYS
             scores = gl.zeros([KEYS, ROWS], gl.float32, layout=KEYS_ROWS)
             _wait_for_keys(full_left.index(slot), phase, GATHERED)
             started = warpgroup_mma(left.index(slot), q_left.permute((1, 0)), scores, use_acc=False, is_async=True)
@@ -897,13 +915,13 @@ def _consume_few(
             scores = warpgroup_mma_wait(0, deps=[started]) * scale
             if first + KEYS > seen_by_all:
                 key = first + gl.arange(0, KEYS, layout=OF_KEY)
-                seen = (key < end_key)[:, None]
+                seen = (key < item.end_key)[:, None]
                 if CAUSAL:
                     seen = seen & (key[:, None] <= position[None, :])
                 scores = gl.where(seen, scores, float("-inf"))
                 if TMA:
-                    _clear_past(left.index(slot), end_key - first)
-                    _clear_past(right.index(slot), end_key - first)
+                    _clear_past(left.index(slot), item.end_key - first)
+                    _clear_past(right.index(slot), item.end_key - first)
             new_top = gl.maximum(top, gl.max(scores, 0))
             base = _base_of(new_top, CAUSAL)
             fade = gl.exp2(top - base)[None, :]
@@ -940,8 +958,8 @@ def _consume_few(
         total = gl.where(seen_any, total, 1.0)
         factor = (own_share * result_scale / total)[None, :]
         natural = gl.where(seen_any, (grand_top + gl.log2(total)) * LN2, float("-inf"))
-        slot = first_partial + gl.where(item == first_item, split, 0)
-        record = (first_query, queries, splits, slot)
+        slot = item.first_partial + gl.where(number == part.first_item, part.first_split, 0)
+        record = (item.first_query, item.queries, item.splits, slot)
         # One place for both: first the left half goes to warpgroup 0, then the right half to warpgroup 1.
         if WHO == 0:
             mbarrier.wait(left_given, turn & 1)
@@ -959,11 +977,11 @@ def _consume_few(
             high = high * factor + given.load(KEYS_ROWS)
             thread_barrier()
             _finish(high, natural, outputs, out_strides, record, first_row, WHO, HEADS, HEAD_BLOCKS, ROWS, 1, HAS_LSE)
-        _, first_query, queries, first_position, first_key, end_key, splits, first_partial = load_item(
-            items, gl.minimum(item + 1, last_item)
-        )
+        item = load_item(schedule, gl.minimum(number + 1, part.last_item))
     first_row = gl.program_id(0) % HEAD_BLOCKS * ROWS
-    _fill_padding(outputs, out_strides, padding_start + part, tokens, parts_count, first_row, WHO, HEADS, ROWS, HAS_LSE)
+    _fill_padding(
+        outputs, out_strides, padding_start + part_number, tokens, parts_count, first_row, WHO, HEADS, ROWS, HAS_LSE
+    )
 
 
 # The launch

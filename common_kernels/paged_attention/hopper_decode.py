@@ -46,6 +46,9 @@ from taut.common_kernels.paged_attention.hopper_softmax import (
     sees_any,
 )
 from taut.common_kernels.schedule.hopper_items import (
+    Item,
+    Part,
+    Schedule,
     let_next_start,
     load_first_item,
     load_item,
@@ -59,15 +62,9 @@ thread_barrier = first_of(gl, THREAD_BARRIERS)
 
 @gluon.jit
 def span_of(
-    item: gl.tensor,
-    first_item: gl.tensor,
-    first_tile: gl.tensor,
-    last_item: gl.tensor,
-    end_tile: gl.tensor,
-    queries: gl.tensor,
-    first_position: gl.tensor,
-    first_key: gl.tensor,
-    end_key: gl.tensor,
+    part: Part,
+    number: gl.tensor,
+    item: Item,
     left: gl.tensor,
     right: gl.tensor,
     CAUSAL: gl.constexpr,
@@ -76,15 +73,19 @@ def span_of(
     TILE: gl.constexpr,
     BLOCK_N: gl.constexpr,
 ) -> gl.tensor:
-    """What a part does of an item: the first position, how many tiles of BLOCK_N, and of which positions keys are read.
+    """What a part does of an item, by its number.
+
+    Returns the first position, how many tiles of BLOCK_N, and the positions between which keys are read.
 
     The schedule may serve layers with other windows: what this mask does not see is left out here.
     """
-    begin = gl.where(item == first_item, first_tile, 0)
-    end = gl.where(item == last_item, end_tile, tiles_of(queries, first_key, end_key, TILE))
-    first_seen, end_seen, _, _ = query_range(first_position, queries, end_key, left, right, CAUSAL, HAS_LEFT, HAS_RIGHT)
-    start = gl.maximum(first_key + begin * TILE, first_seen // TILE * TILE)
-    stop = gl.minimum(first_key + end * TILE, end_seen)
+    begin = gl.where(number == part.first_item, part.first_tile, 0)
+    end = gl.where(number == part.last_item, part.end_tile, tiles_of(item, TILE))
+    first_seen, end_seen, _, _ = query_range(
+        item.first_position, item.queries, item.end_key, left, right, CAUSAL, HAS_LEFT, HAS_RIGHT
+    )
+    start = gl.maximum(item.first_key + begin * TILE, first_seen // TILE * TILE)
+    stop = gl.minimum(item.first_key + end * TILE, end_seen)
     tiles = gl.maximum(gl.cdiv(stop - start, BLOCK_N), 0)
     return start, tiles, first_seen, stop
 
@@ -109,9 +110,8 @@ def load_part_of_keys(
     k_full: gl.shared_memory_descriptor,
     v_full: gl.shared_memory_descriptor,
     free: gl.shared_memory_descriptor,
-    items: gl.tensor,
-    parts: gl.tensor,
-    part: gl.tensor,
+    schedule: Schedule,
+    part_number: gl.tensor,
     table: gl.tensor,
     table_rows: gl.tensor,
     dead_page: gl.tensor,
@@ -138,31 +138,30 @@ def load_part_of_keys(
     """The partition that fills the ring, with the tiles of all items of a part, one behind another."""
     if DEPENDENT:
         wait_for_kernel_ahead()
-    first_item, first_tile, last_item, end_tile, _ = load_part(parts, part)
-    row, _, queries, first_position, first_key, end_key, _, _ = load_first_item(parts, part)
-    number = part * 0
-    for item in range(first_item, last_item + 1):
-        table_row = table_row_of(table, table_rows, row, table_stride)
+    part = load_part(schedule, part_number)
+    item = load_first_item(schedule, part_number)
+    loaded = part_number * 0  # tiles of items before
+    for number in range(part.first_item, part.last_item + 1):
+        table_row = table_row_of(table, table_rows, item.row, table_stride)
         start, tiles, first_seen, stop = span_of(
-            item, first_item, first_tile, last_item, end_tile, queries, first_position, first_key, end_key, left, right,
-            CAUSAL, HAS_LEFT, HAS_RIGHT, TILE, BLOCK_N,
+            part, number, item, left, right, CAUSAL, HAS_LEFT, HAS_RIGHT, TILE, BLOCK_N,
         )  # fmt: skip
         for i in range(tiles):
             if BOX:
                 load_tile(
-                    number + i, start + i * BLOCK_N, key, value, k_slots, k_tail_slots, v_slots, k_full, v_full, free,
+                    loaded + i, start + i * BLOCK_N, key, value, k_slots, k_tail_slots, v_slots, k_full, v_full, free,
                     table_row, dead_page, kv_head, first_seen, stop, PAGE_SIZE, BLOCK_N, BOX, HEAD_MAIN, HEAD_TAIL,
                     STAGES,
                 )  # fmt: skip
             else:
                 gather_tile(
-                    number + i, start + i * BLOCK_N, key, value, k_slots, k_tail_slots, v_slots, k_full, v_full, free,
+                    loaded + i, start + i * BLOCK_N, key, value, k_slots, k_tail_slots, v_slots, k_full, v_full, free,
                     table_row, key_page_stride, key_token_stride, value_page_stride, value_token_stride,
                     first_seen, stop, PAGE_SIZE, HEAD_TAIL, STAGES,
                 )  # fmt: skip
-        number += tiles
+        loaded += tiles
         # Not ahead of the tiles, whose begin it would put off: the ring is full, and no slot free for a while.
-        row, _, queries, first_position, first_key, end_key, _, _ = load_item(items, gl.minimum(item + 1, last_item))
+        item = load_item(schedule, gl.minimum(number + 1, part.last_item))
 
 
 @gluon.jit
@@ -316,9 +315,8 @@ def attend_part(
     arrivals: gl.tensor,
     sinks: gl.tensor,
     slopes: gl.tensor,
-    items: gl.tensor,
-    parts: gl.tensor,
-    part: gl.tensor,
+    schedule: Schedule,
+    part_number: gl.tensor,
     query_starts: gl.tensor,
     tokens: gl.tensor,
     rows: gl.tensor,
@@ -365,8 +363,8 @@ def attend_part(
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])  # [ROWS, V]
     HAS_SLOPES: gl.constexpr = slopes is not None
 
-    first_item, first_tile, last_item, end_tile, first_split = load_part(parts, part)
-    _, first_query, queries, first_position, first_key, end_key, splits, first_partial = load_first_item(parts, part)
+    part = load_part(schedule, part_number)
+    item = load_first_item(schedule, part_number)
 
     lanes = gl.arange(0, ROWS, layout=by_row)
     lane_query = lanes // PACK
@@ -383,17 +381,17 @@ def attend_part(
     wide_columns = gl.arange(0, HEAD_MAIN, layout=gl.SliceLayout(0, wide))
 
     q = load_queries(
-        query, first_query, queries, kv_head, first_group_head, query_token_stride, query_head_stride,
+        query, item.first_query, item.queries, kv_head, first_group_head, query_token_stride, query_head_stride,
         GROUP, PACK, ROWS, 0, HEAD_MAIN,
     )  # fmt: skip
     q_tail = q
     if HEAD_TAIL:
         q_tail = load_queries(
-            query, first_query, queries, kv_head, first_group_head, query_token_stride, query_head_stride,
+            query, item.first_query, item.queries, kv_head, first_group_head, query_token_stride, query_head_stride,
             GROUP, PACK, ROWS, HEAD_MAIN, HEAD_TAIL,
         )  # fmt: skip
-    number = part * 0
-    for item in range(first_item, last_item + 1):
+    attended = part_number * 0  # tiles of items before
+    for number in range(part.first_item, part.last_item + 1):
         # Every product on the queries of the item before has been waited for by all threads.
         thread_barrier()
         q_smem.store(q)
@@ -401,31 +399,28 @@ def attend_part(
             q_tail_smem.store(q_tail)
         fence_async_shared()
         thread_barrier()
-        _, next_query, next_queries, next_position, next_first_key, next_end_key, next_splits, next_partial = load_item(
-            items, gl.minimum(item + 1, last_item)
-        )
+        next_item = load_item(schedule, gl.minimum(number + 1, part.last_item))
         q = load_queries(  # early: it is wanted after the last tile of this item
-            query, next_query, next_queries, kv_head, first_group_head, query_token_stride, query_head_stride,
-            GROUP, PACK, ROWS, 0, HEAD_MAIN,
+            query, next_item.first_query, next_item.queries, kv_head, first_group_head, query_token_stride,
+            query_head_stride, GROUP, PACK, ROWS, 0, HEAD_MAIN,
         )  # fmt: skip
         if HEAD_TAIL:
             q_tail = load_queries(
-                query, next_query, next_queries, kv_head, first_group_head, query_token_stride, query_head_stride,
-                GROUP, PACK, ROWS, HEAD_MAIN, HEAD_TAIL,
+                query, next_item.first_query, next_item.queries, kv_head, first_group_head, query_token_stride,
+                query_head_stride, GROUP, PACK, ROWS, HEAD_MAIN, HEAD_TAIL,
             )  # fmt: skip
         start, tiles, _, stop = span_of(
-            item, first_item, first_tile, last_item, end_tile, queries, first_position, first_key, end_key, left, right,
-            CAUSAL, HAS_LEFT, HAS_RIGHT, TILE, BLOCK_N,
+            part, number, item, left, right, CAUSAL, HAS_LEFT, HAS_RIGHT, TILE, BLOCK_N,
         )  # fmt: skip
-        positions = first_position + lane_query
-        here = ours & (lane_query < queries)
+        positions = item.first_position + lane_query
+        here = ours & (lane_query < item.queries)
         acc = gl.zeros([HEAD_MAIN, ROWS], gl.float32, layout=turned)
         totals = gl.zeros([BLOCK_N, ROWS], gl.float32, layout=turned)  # of each key's place: added up at the end
         top = gl.full([ROWS], LOWEST, gl.float32, layout=by_row)
 
         for i in range(tiles):
-            slot = (number + i) % STAGES
-            phase = ((number + i) // STAGES) & 1
+            slot = (attended + i) % STAGES
+            phase = ((attended + i) // STAGES) & 1
             tile = start + i * BLOCK_N
             keys = tile + gl.arange(0, BLOCK_N, layout=by_key)
             mbarrier.wait(k_full.index(slot), phase)
@@ -455,33 +450,33 @@ def attend_part(
             mbarrier.wait(v_full.index(slot), phase)
             v_tile = v_ring.index(slot)
             if BOX:  # noqa: SIM102 - the outer one is the compiler's
-                if tile + BLOCK_N > end_key:
-                    clear_dead_keys(v_tile, tile, end_key)
+                if tile + BLOCK_N > item.end_key:
+                    clear_dead_keys(v_tile, tile, item.end_key)
             fence_async_shared()  # the weights; what was gathered, or cleared
             thread_barrier()
             acc = acc * decay[None, :]
             acc = warpgroup_mma(v_tile.permute((1, 0)), p_smem.permute((1, 0)), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(free.index(slot), count=1)
-        number += tiles
+        attended += tiles
 
-        if OVERLAPPED and item == last_item:
+        if OVERLAPPED and number == part.last_item:
             let_next_start()
 
         total = sum_over_keys(totals)
         factor = gl.full([ROWS], 1.0, gl.float32, layout=by_row)
         if sinks is not None:
             sink_scores = gl.load(sinks + heads, mask=ours, other=0.0).to(gl.float32)
-            wanted = sees_any(positions, end_key, left, right, CAUSAL, HAS_LEFT, HAS_RIGHT)
+            wanted = sees_any(positions, item.end_key, left, right, CAUSAL, HAS_LEFT, HAS_RIGHT)
             # An item's sinks count once: in the part that has its first tile.
-            has_first = (item != first_item) | (first_tile == 0)
+            has_first = (number != part.first_item) | (part.first_tile == 0)
             total, top, factor = add_sinks(total, top, sink_scores, wanted & has_first)
         factor = gl.where(total > 0.0, factor / gl.where(total > 0.0, total, 1.0), 0.0)
         result = gl.convert_layout(gl.permute(acc * factor[None, :], (1, 0)), wide)  # [ROWS, V]
-        wide_here = (wide_query < queries) & (wide_group_heads < GROUP)
-        if splits > 1:
+        wide_here = (wide_query < item.queries) & (wide_group_heads < GROUP)
+        if item.splits > 1:
             # Scratch grows with the programs that run at once (`most_partials`): 32 bits are enough for its offsets.
-            partial = first_partial + gl.where(item == first_item, first_split, 0)
+            partial = item.first_partial + gl.where(number == part.first_item, part.first_split, 0)
             wide_places = (partial * QUERIES + wide_query) * Q_HEADS + wide_heads
             rows_of_partial = partials + wide_places * HEAD_MAIN
             gl.store(rows_of_partial[:, None] + wide_columns[None, :], result, mask=wide_here[:, None])
@@ -489,45 +484,43 @@ def attend_part(
             gl.store(partial_lses + places, lse_of(total, top), mask=here)
             if arrivals is not None:
                 thread_barrier()  # all threads' stores before the count
-                arrived = arrivals + item * gl.num_programs(0) + gl.program_id(0)
-                if gl.atomic_add(arrived, 1, sem="acq_rel") == splits - 1:
+                arrived = arrivals + number * gl.num_programs(0) + gl.program_id(0)
+                if gl.atomic_add(arrived, 1, sem="acq_rel") == item.splits - 1:
                     gl.store(arrived, 0)
                     mixed, mixed_lse = mix_partials(
-                        partials, partial_lses, first_partial, splits, wide_query, wide_heads, wide_here, wide_columns,
-                        Q_HEADS, QUERIES, HEAD_MAIN,
+                        partials, partial_lses, item.first_partial, item.splits, wide_query, wide_heads, wide_here,
+                        wide_columns, Q_HEADS, QUERIES, HEAD_MAIN,
                     )  # fmt: skip
                     merged_rows = (
-                        out + (first_query + wide_query).to(gl.int64) * out_token_stride + wide_heads * out_head_stride
+                        out
+                        + (item.first_query + wide_query).to(gl.int64) * out_token_stride
+                        + wide_heads * out_head_stride
                     )
                     numbers = mixed.to(out.dtype.element_ty)
                     gl.store(merged_rows[:, None] + wide_columns[None, :], numbers, mask=wide_here[:, None])
                     if lse is not None:
                         merged_lses = (
                             lse
-                            + (first_query + wide_query).to(gl.int64) * lse_token_stride
+                            + (item.first_query + wide_query).to(gl.int64) * lse_token_stride
                             + wide_heads * lse_head_stride
                         )
                         gl.store(merged_lses, mixed_lse, mask=wide_here)
         else:
-            out_rows = out + (first_query + wide_query).to(gl.int64) * out_token_stride + wide_heads * out_head_stride
+            out_rows = (
+                out + (item.first_query + wide_query).to(gl.int64) * out_token_stride + wide_heads * out_head_stride
+            )
             numbers = result.to(out.dtype.element_ty)
             gl.store(out_rows[:, None] + wide_columns[None, :], numbers, mask=wide_here[:, None])
             if lse is not None:
-                lses = lse + (first_query + lane_query).to(gl.int64) * lse_token_stride + heads * lse_head_stride
+                lses = lse + (item.first_query + lane_query).to(gl.int64) * lse_token_stride + heads * lse_head_stride
                 gl.store(lses, lse_of(total, top), mask=here)
-        first_query = next_query
-        queries = next_queries
-        first_position = next_position
-        first_key = next_first_key
-        end_key = next_end_key
-        splits = next_splits
-        first_partial = next_partial
+        item = next_item
 
     if PADDING:
         # Queries past the last row belong to no item: the parts share them out.
         fill_padding(
-            out, lse, padding_start + part, tokens, gl.num_programs(1), kv_head, first_group_head, out_token_stride,
-            out_head_stride, lse_token_stride, lse_head_stride, GROUP, PACK, ROWS, HEAD_MAIN,
+            out, lse, padding_start + part_number, tokens, gl.num_programs(1), kv_head, first_group_head,
+            out_token_stride, out_head_stride, lse_token_stride, lse_head_stride, GROUP, PACK, ROWS, HEAD_MAIN,
         )  # fmt: skip
 
 
@@ -595,7 +588,8 @@ def taut_decode(
     gl.static_assert(BOX == 0 or TILE % BOX == 0, "a part may begin amid a box")
     kv_head = gl.program_id(0) // PACKS
     first_group_head = gl.program_id(0) % PACKS * PACK
-    part = gl.program_id(1)
+    schedule = Schedule(items, parts)
+    part_number = gl.program_id(1)
 
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     DTYPE: gl.constexpr = out.dtype.element_ty
@@ -632,15 +626,15 @@ def taut_decode(
         [
             (attend_part, (
                 q_smem, q_tail_smem, p_smem, k_ring, k_tail_ring, v_ring, k_full, v_full, free, query, out,
-                lse, partials, partial_lses, arrivals, sinks, slopes, items, parts, part, query_starts, tokens, rows,
+                lse, partials, partial_lses, arrivals, sinks, slopes, schedule, part_number, query_starts, tokens, rows,
                 kv_head, first_group_head, score_scale, cap, left, right, query_token_stride, query_head_stride,
                 out_token_stride, out_head_stride, lse_token_stride, lse_head_stride, Q_HEADS, GROUP, PACK, QUERIES,
                 OVERLAPPED, PADDING, CAUSAL, HAS_LEFT, HAS_RIGHT, HAS_SOFT_CAP, BOX, ROWS, BLOCK_N, TILE, HEAD_MAIN,
                 HEAD_TAIL, STAGES, DEPENDENT,
             )),
             (load_part_of_keys, (
-                key_head, value_head, k_slots, k_tail_slots, v_slots, k_full, v_full, free, items, parts,
-                part, table, table_rows, pages, kv_head, left, right, key_page_stride, key_token_stride,
+                key_head, value_head, k_slots, k_tail_slots, v_slots, k_full, v_full, free, schedule,
+                part_number, table, table_rows, pages, kv_head, left, right, key_page_stride, key_token_stride,
                 value_page_stride, value_token_stride, table_stride, CAUSAL, HAS_LEFT, HAS_RIGHT, PAGE_SIZE, BOX,
                 BLOCK_N, TILE, HEAD_MAIN, HEAD_TAIL, STAGES, DEPENDENT,
             )),

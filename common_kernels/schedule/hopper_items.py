@@ -5,30 +5,93 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from taut.common_kernels.aggregates import aggregates_of
 from taut.common_kernels.schedule import triton_launch
 
 RECORD = gl.constexpr(triton_launch.RECORD.value)
 PART_RECORD = gl.constexpr(triton_launch.PART_RECORD.value)
 
 
-@gluon.jit
-def load_part(parts: gl.tensor, part: gl.tensor) -> gl.tensor:
-    """The record of a part: first item, first tile, last item (-1 where idle), end tile, split of the first item."""
-    record = parts + part * PART_RECORD
-    return gl.load(record), gl.load(record + 1), gl.load(record + 2), gl.load(record + 3), gl.load(record + 4)
+@aggregates_of(gl, gluon)
+class Schedule:
+    """Who computes what: the tables of a step.
+
+    Attributes:
+        items: pointer to the records of items.
+        parts: pointer to the records of parts.
+    """
+
+    items: gl.tensor
+    parts: gl.tensor
+
+
+@aggregates_of(gl, gluon)
+class Part:
+    """The record of a part.
+
+    Attributes:
+        first_item: the item that the part begins in.
+        first_tile: the tile of that item that it begins with.
+        last_item: the item that the part ends in, -1 where the part idles.
+        end_tile: the tile of that item before which it ends.
+        first_split: which split of the first item the part computes.
+    """
+
+    first_item: gl.tensor
+    first_tile: gl.tensor
+    last_item: gl.tensor
+    end_tile: gl.tensor
+    first_split: gl.tensor
+
+
+@aggregates_of(gl, gluon)
+class Item:
+    """The record of an item.
+
+    Attributes:
+        row: whose queries these are.
+        first_query: the token of the first of them.
+        queries: how many they are; 0 of an item that there is not.
+        first_position: the position of the first query in its row.
+        first_key: the position of the first key of the first tile.
+        end_key: the position that follows the last key.
+        splits: how many parts share the item; each leaves a partial if they are several.
+        first_partial: where the first partial lies.
+    """
+
+    row: gl.tensor
+    first_query: gl.tensor
+    queries: gl.tensor
+    first_position: gl.tensor
+    first_key: gl.tensor
+    end_key: gl.tensor
+    splits: gl.tensor
+    first_partial: gl.tensor
 
 
 @gluon.jit
-def load_first_item(parts: gl.tensor, part: gl.tensor) -> gl.tensor:
-    """The record of the item that a part begins in, as `load_item` gives it; zeros where the part idles."""
-    return load_item(parts + RECORD, part * (PART_RECORD // RECORD))
+def load_part(schedule: Schedule, number: gl.tensor) -> Part:
+    """A part by its number."""
+    record = schedule.parts + number * PART_RECORD
+    return Part(gl.load(record), gl.load(record + 1), gl.load(record + 2), gl.load(record + 3), gl.load(record + 4))
 
 
 @gluon.jit
-def load_item(items: gl.tensor, item: gl.tensor) -> gl.tensor:
-    """The record of an item: row, first query, queries, first position, first key, end key, splits, first partial."""
-    record = items + item * RECORD
-    return (
+def load_item(schedule: Schedule, number: gl.tensor) -> Item:
+    """An item by its number."""
+    return load_record(schedule.items + number * RECORD)  # type: ignore[no-any-return]
+
+
+@gluon.jit
+def load_first_item(schedule: Schedule, number: gl.tensor) -> Item:
+    """The item that a part begins in, which lies beside the part's record; zeros where the part idles."""
+    return load_record(schedule.parts + number * PART_RECORD + RECORD)  # type: ignore[no-any-return]
+
+
+@gluon.jit
+def load_record(record: gl.tensor) -> Item:
+    """The item whose record begins at an address."""
+    return Item(
         gl.load(record),
         gl.load(record + 1),
         gl.load(record + 2),
@@ -41,14 +104,9 @@ def load_item(items: gl.tensor, item: gl.tensor) -> gl.tensor:
 
 
 @gluon.jit
-def tiles_of(
-    queries: gl.tensor,
-    first_key: gl.tensor,
-    end_key: gl.tensor,
-    TILE: gl.constexpr,
-) -> gl.tensor:
+def tiles_of(item: Item, TILE: gl.constexpr) -> gl.tensor:
     """Tiles of an item; see `reference.tiles_of`."""
-    return gl.where(queries > 0, gl.maximum(gl.cdiv(end_key - first_key, TILE), 1), 0)
+    return gl.where(item.queries > 0, gl.maximum(gl.cdiv(item.end_key - item.first_key, TILE), 1), 0)
 
 
 @gluon.jit
