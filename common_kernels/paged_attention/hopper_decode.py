@@ -242,7 +242,11 @@ def attend_tiles(
     mask: Mask,
     scoring: Scoring,
 ) -> gl.tensor:
-    """An item's queries against tiles of the ring: the output [V, BLOCK_M], not yet divided, row_sum and row_max."""
+    """An item's queries against tiles of the ring.
+
+    Returns the output [V, BLOCK_M], not yet divided, the sums of weights of each key's place [BLOCK_N, BLOCK_M], and
+    row_max [BLOCK_M].
+    """
     STAGES: gl.constexpr = ring.STAGES
     BLOCK_N: gl.constexpr = ring.k.shape[1]
     HEAD_MAIN: gl.constexpr = ring.v.shape[2]

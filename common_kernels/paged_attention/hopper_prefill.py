@@ -1,14 +1,14 @@
 """Long extends on Hopper: a block of queries, two or three warpgroups that attend, two warps or four that load.
 
-Those that load fill a ring of shared memory with tiles: one warp brings keys and one values, for the place of a tile's
-values is free later than that of its keys, and neither shall wait for the other. (Small pages: four warps gather both.)
-Each of the attending warpgroups keeps 64 rows of queries, their scores and their output in registers, and multiplies
-from the ring. They go one of two ways. By turns (`attend_in_turns`), two of them:
+Those that load fill a ring of shared memory with tiles: one warp brings keys and one values, for a stage is empty of
+values later than of keys, and neither shall wait for the other. (Small pages: four warps gather both.) Each of the
+attending warpgroups keeps 64 queries times heads, their scores and their output in registers, and multiplies from the
+ring. They go one of two ways. By turns (`attend_in_turns`), two of them:
 
     keys      K0 K1 K2 ...
     values    V0 V1 V2 ...
-    rows 0-63   QK0 | softmax 0 | QK1 PV0 | softmax 1 | QK2 PV1 | softmax 2 | ...
-    rows 64-    ... QK0 | softmax 0 | QK1 PV0 | softmax 1 | ...
+    m = 0-63    QK0 | softmax 0 | QK1 PV0 | softmax 1 | QK2 PV1 | softmax 2 | ...
+    m = 64-     ... QK0 | softmax 0 | QK1 PV0 | softmax 1 | ...
 
 Within a warpgroup the products of the next tile are under way while the weights of this one are worked out; between
 the two a token goes to and fro, so that one multiplies while the other exponentiates (FlashAttention-3, arXiv
@@ -253,7 +253,7 @@ def taut_prefill(
     """One program attends for one block of queries of a row and PACK of its heads; see `hopper_launch.prefill`."""
     AHEAD: gl.constexpr = HEAD_MAIN == 64
     gl.static_assert(WARPGROUPS == 2 or AHEAD, "three warpgroups cannot attend by turns")
-    BLOCK_M: gl.constexpr = 64 * WARPGROUPS
+    BLOCK_M: gl.constexpr = WARPGROUP_M * WARPGROUPS
     QUERIES: gl.constexpr = BLOCK_M // PACK
     PACKS: gl.constexpr = GROUP // PACK
     pack, block_number = place_of(gl.program_id(0), packs, together, gl.num_programs(0) // packs)
@@ -297,8 +297,9 @@ def taut_prefill(
     common_start = gl.minimum(common_start, tiles)
     common_end = gl.minimum(common_end, tiles)
     block = Block(
-        first_head, first_query, row_end, first_position, length, start, tiles, common_start, common_end, PACK
-    )
+        first_head, first_query, row_end, first_position, length, start, tiles, common_start, common_end,
+        PACK, HAS_LEFT,
+    )  # fmt: skip
 
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     DTYPE: gl.constexpr = out.dtype.element_ty
@@ -325,19 +326,21 @@ def taut_prefill(
     keys = half_of_keys(key, key_page_stride, key_token_stride, key_head_stride, ring, kv_head)
     values = half_of_values(value, value_page_stride, value_token_stride, value_head_stride, ring, kv_head)
     cache = Cache(keys, values, pages, kv_head, PAGED, PAGE_SIZE, BOX, BLOCK_N, HEAD_MAIN, STAGES, AHEAD)
-    row = Row(table_row, first_slot, first_seen, end_seen)
+    in_cache = Row(table_row, first_slot, first_seen, end_seen)
     gl.warp_specialize(
-        [(attend, (Role(0, AHEAD), q, q_tail, ring, turns, queries, output, block, mask, scoring))]
-        + [(attend, (Role(1, AHEAD), q, q_tail, ring, turns, queries, output, block, mask, scoring))]
+        [
+            (attend, (Role(0, AHEAD), q, q_tail, ring, turns, queries, output, block, mask, scoring)),
+            (attend, (Role(1, AHEAD), q, q_tail, ring, turns, queries, output, block, mask, scoring)),
+        ]
         + (
             [(attend, (Role(2, AHEAD), q, q_tail, ring, turns, queries, output, block, mask, scoring))]
             if WARPGROUPS == 3
             else []
         )
         + (
-            [(load_keys, (block, cache, row)), (load_values, (block, cache, row, as_pieces(v), landed))]
+            [(load_keys, (block, cache, in_cache)), (load_values, (block, cache, in_cache, as_pieces(v), landed))]
             if BOX
-            else [(gather_tiles, (block, cache, row))]
+            else [(gather_tiles, (block, cache, in_cache))]
         ),
         of_partitions(4, 1 if BOX else GATHERING_WARPS, WARPGROUPS, BOX > 0),
         of_partitions(REGISTERS, LOAD_REGISTERS, WARPGROUPS, BOX > 0),

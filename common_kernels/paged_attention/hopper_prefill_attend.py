@@ -38,6 +38,7 @@ class Block:
         common_start: the first tile in which every query sees every key.
         common_end: the tile that follows the last such one.
         PACK: heads that share the program.
+        WINDOWED: whether tiles ahead of the common ones may hide keys; the first one is masked anyway.
     """
 
     first_head: gl.tensor
@@ -50,6 +51,7 @@ class Block:
     common_start: gl.tensor
     common_end: gl.tensor
     PACK: gl.constexpr
+    WINDOWED: gl.constexpr
 
 
 @aggregates_of(gl, gluon)
@@ -210,7 +212,7 @@ def attend_in_turns(
         scores, row_sum, row_max, block.start, warpgroup, mask, block.length, scoring, True
     )
     p = gl.convert_layout(weights.to(warpgroup.q.dtype), gl.DotOperandLayout(0, o_layout, 2))
-    if mask.HAS_LEFT:
+    if block.WINDOWED:
         for i in range(1, block.common_start):
             acc, row_sum, row_max, p = attend_tile(
                 i, acc, row_sum, row_max, p, warpgroup, ring, turns, block, mask, scoring, True
@@ -306,7 +308,7 @@ def attend_ahead(warpgroup: Warpgroup, ring: Ring, block: Block, mask: Mask, sco
     acc, row_sum, row_max, scores = attend_tile_ahead(
         block.tiles * 0, last, acc, row_sum, row_max, scores, warpgroup, ring, block, mask, scoring, True, True
     )
-    if mask.HAS_LEFT:
+    if block.WINDOWED:
         for i in range(1, block.common_start):
             acc, row_sum, row_max, scores = attend_tile_ahead(
                 i, last, acc, row_sum, row_max, scores, warpgroup, ring, block, mask, scoring, False, True

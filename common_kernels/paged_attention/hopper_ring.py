@@ -350,9 +350,10 @@ def gather_tile(number: gl.tensor, tile: gl.tensor, cache: Cache, row: Row) -> N
     Each thread arrives when its own copies have ended. They are ordinary writes: who multiplies what they brought says
     `fence_async_shared` after its wait.
     """
+    stage = number % cache.STAGES
     wait_for_stage(cache.keys, number, cache.STAGES)
-    gather_pieces(number, tile, cache.keys, None, None, cache, row)
-    gather_pieces(number, tile, cache.values, None, None, cache, row)
+    gather_pieces(stage, tile, cache.keys, None, None, cache, row)
+    gather_pieces(stage, tile, cache.values, None, None, cache, row)
 
 
 @gluon.jit
@@ -363,9 +364,10 @@ def gather_half(number: gl.tensor, tile: gl.tensor, half: Half, cache: Cache, ro
     would wait for its own. A decoding row has few tiles: there the first copies shall begin early, as measured on an
     H200.
     """
+    stage = number % cache.STAGES
     pages, tail_pages = pages_of_keys(half, tile, cache, row)
     wait_for_stage(half, number, cache.STAGES)
-    gather_pieces(number, tile, half, pages, tail_pages, cache, row)
+    gather_pieces(stage, tile, half, pages, tail_pages, cache, row)
 
 
 @gluon.jit
@@ -391,7 +393,7 @@ def keys_of_round(tile: gl.tensor, first: gl.constexpr, row: Row, COLUMNS: gl.co
 
 @gluon.jit
 def gather_pieces(
-    number: gl.tensor,
+    stage: gl.tensor,
     tile: gl.tensor,
     half: Half,
     pages: gl.tensor,  # as of `pages_of_keys`, or None: then each round asks for its own
@@ -400,10 +402,11 @@ def gather_pieces(
     row: Row,
 ) -> None:
     """A tile's keys, or its values, into a stage that is empty."""
-    stage = number % cache.STAGES
-    gather_columns(half, half.main.index(stage), tile, pages, cache, row, 0)
+    main = half.main.index(stage)
+    tail = half.tail.index(stage)
+    gather_columns(half, main, tile, pages, cache, row, 0)
     if half.TAIL:
-        gather_columns(half, half.tail.index(stage), tile, tail_pages, cache, row, cache.HEAD_MAIN)
+        gather_columns(half, tail, tile, tail_pages, cache, row, cache.HEAD_MAIN)
     async_copy.mbarrier_arrive(half.full.index(stage), increment_count=False)
 
 
