@@ -40,12 +40,13 @@ from taut.common_kernels.paged_attention.hopper_ring import (
     Cache,
     Ring,
     Row,
+    Table,
     clear_dead_keys,
     gather_tile,
-    half_of_keys,
-    half_of_values,
+    half_of,
     load_tile,
     make_ring,
+    pages_of_row,
 )
 from taut.common_kernels.paged_attention.hopper_softmax import (
     LOG2E,
@@ -92,21 +93,6 @@ class Share:
 
 
 @aggregates_of(gl, gluon)
-class Table:
-    """The page table.
-
-    Attributes:
-        pages: pointer [*, pages of a row].
-        rows: pointer [R]: which line of it is a row's; or None: its own.
-        stride: of a line.
-    """
-
-    pages: gl.tensor
-    rows: gl.tensor | None
-    stride: gl.tensor
-
-
-@aggregates_of(gl, gluon)
 class Operands:
     """Left and right sides of products that this warpgroup writes.
 
@@ -138,16 +124,6 @@ def span_of(
     stop = gl.minimum(item.first_key + end * CUT, end_seen)
     tiles = gl.maximum(gl.cdiv(stop - start, BLOCK_N), 0)
     return start, tiles, first_seen, stop
-
-
-@gluon.jit
-def pages_of_row(table: Table, row: gl.tensor) -> gl.tensor:
-    """The address of a row's first page number."""
-    if table.rows is None:
-        address = table.pages + row.to(gl.int64) * table.stride
-    else:
-        address = table.pages + gl.load(table.rows + row).to(gl.int64) * table.stride
-    return address
 
 
 @gluon.jit
@@ -469,8 +445,14 @@ def taut_decode(
     partials = Partials(partial_numbers, partial_lses, arrivals)
     pack = Pack(kv_head, first_group_head, Q_HEADS, GROUP, PACK, QUERIES)
     padding = Padding(query_starts, rows, tokens, PADDING)
-    keys = half_of_keys(key, key_page_stride, key_token_stride, key_head_stride, ring, kv_head)
-    values = half_of_values(value, value_page_stride, value_token_stride, value_head_stride, ring, kv_head)
+    keys = half_of(
+        key, key_page_stride, key_token_stride, key_head_stride, kv_head, ring.k, ring.k_tail, ring.k_full,
+        ring.k_empty, BOX, HEAD_TAIL,
+    )  # fmt: skip
+    values = half_of(
+        value, value_page_stride, value_token_stride, value_head_stride, kv_head, ring.v, ring.v, ring.v_full,
+        ring.v_empty, BOX, 0,
+    )  # fmt: skip
     cache = Cache(keys, values, pages, kv_head, True, PAGE_SIZE, BOX, BLOCK_N, HEAD_MAIN, STAGES, True)
     page_table = Table(table, table_rows, table_stride)
     gl.warp_specialize(

@@ -45,9 +45,10 @@ from taut.common_kernels.paged_attention.hopper_ring import (
     Cache,
     Ring,
     Row,
-    half_of_keys,
-    half_of_values,
+    Table,
+    half_of,
     make_ring,
+    pages_of_row,
 )
 from taut.common_kernels.paged_attention.hopper_softmax import (
     LOG2E,
@@ -277,14 +278,11 @@ def taut_prefill(
         return
     first_position = length - (row_end - first_query)
     count = gl.minimum(row_end - first_query, QUERIES)
-    table_row = query_starts  # of no meaning without a table
+    row_pages = query_starts  # of no meaning without a table
     if PAGED:
-        table_row = table
+        row_pages = table
         if row < rows:
-            if table_rows is None:
-                table_row = table + row.to(gl.int64) * table_stride
-            else:
-                table_row = table + gl.load(table_rows + row).to(gl.int64) * table_stride
+            row_pages = pages_of_row(Table(table, table_rows, table_stride), row)
 
     mask = Mask(left, right, CAUSAL, HAS_LEFT, HAS_RIGHT)
     first_seen, end_seen, first_common, end_common = key_range(mask, first_position, count, length)
@@ -323,10 +321,16 @@ def taut_prefill(
     scoring = scoring_of(scale, soft_cap, sinks, slopes, HAS_SOFT_CAP)
     queries = Queries(query, query_token_stride, query_head_stride)
     output = Output(out, lse, out_token_stride, out_head_stride, lse_token_stride, lse_head_stride)
-    keys = half_of_keys(key, key_page_stride, key_token_stride, key_head_stride, ring, kv_head)
-    values = half_of_values(value, value_page_stride, value_token_stride, value_head_stride, ring, kv_head)
+    keys = half_of(
+        key, key_page_stride, key_token_stride, key_head_stride, kv_head, ring.k, ring.k_tail, ring.k_full,
+        ring.k_empty, BOX, HEAD_TAIL,
+    )  # fmt: skip
+    values = half_of(
+        value, value_page_stride, value_token_stride, value_head_stride, kv_head, ring.v, ring.v, ring.v_full,
+        ring.v_empty, BOX, 0,
+    )  # fmt: skip
     cache = Cache(keys, values, pages, kv_head, PAGED, PAGE_SIZE, BOX, BLOCK_N, HEAD_MAIN, STAGES, AHEAD)
-    in_cache = Row(table_row, first_slot, first_seen, end_seen)
+    in_cache = Row(row_pages, first_slot, first_seen, end_seen)
     gl.warp_specialize(
         [
             (attend, (Role(0, AHEAD), q, q_tail, ring, turns, queries, output, block, mask, scoring)),

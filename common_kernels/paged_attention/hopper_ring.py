@@ -140,6 +140,31 @@ class Row:
     end_seen: gl.tensor
 
 
+@aggregates_of(gl, gluon)
+class Table:
+    """The page table.
+
+    Attributes:
+        pages: pointer [*, pages of a row].
+        rows: pointer [R]: which line of it is a row's; or None: its own.
+        stride: of a line.
+    """
+
+    pages: gl.tensor
+    rows: gl.tensor | None
+    stride: gl.tensor
+
+
+@gluon.jit
+def pages_of_row(table: Table, row: gl.tensor) -> gl.tensor:
+    """The address of a row's first page number."""
+    if table.rows is None:
+        address = table.pages + row.to(gl.int64) * table.stride
+    else:
+        address = table.pages + gl.load(table.rows + row).to(gl.int64) * table.stride
+    return address
+
+
 @gluon.jit
 def make_ring(
     k: gl.shared_memory_descriptor,
@@ -190,43 +215,29 @@ def as_boxes(stages: gl.shared_memory_descriptor, BOX: gl.constexpr) -> gl.tenso
 
 
 @gluon.jit
-def half_of_keys(
-    source: gl.tensor,
+def half_of(
+    source: gl.tensor,  # of all heads
     page_stride: gl.tensor,
     token_stride: gl.tensor,
-    head_stride: gl.tensor,
-    ring: Ring,
+    head_stride: gl.tensor,  # in pieces
     kv_head: gl.tensor,
+    stages: gl.shared_memory_descriptor,  # [STAGES, BLOCK_N, HEAD_MAIN]
+    tail_stages: gl.shared_memory_descriptor,
+    full: gl.shared_memory_descriptor,
+    empty: gl.shared_memory_descriptor,
+    BOX: gl.constexpr,
+    TAIL: gl.constexpr,
 ) -> Half:
-    """The half that keys are; strides of page, token and head, in pieces."""
+    """Keys, or values, of a head and the stages for them; see `Half`."""
     first = source
-    main = ring.k
-    tail = ring.k_tail
-    if ring.BOX:
-        main = as_boxes(main, ring.BOX)
-        tail = as_boxes(tail, ring.BOX)
+    main = stages
+    tail = tail_stages
+    if BOX:
+        main = as_boxes(main, BOX)
+        tail = as_boxes(tail, BOX)
     else:
         first = source + kv_head.to(gl.int64) * head_stride * PIECE
-    return Half(first, page_stride, token_stride, main, tail, ring.k_full, ring.k_empty, ring.HEAD_TAIL)
-
-
-@gluon.jit
-def half_of_values(
-    source: gl.tensor,
-    page_stride: gl.tensor,
-    token_stride: gl.tensor,
-    head_stride: gl.tensor,
-    ring: Ring,
-    kv_head: gl.tensor,
-) -> Half:
-    """The half that values are; strides as of `half_of_keys`."""
-    first = source
-    stages = ring.v
-    if ring.BOX:
-        stages = as_boxes(stages, ring.BOX)
-    else:
-        first = source + kv_head.to(gl.int64) * head_stride * PIECE
-    return Half(first, page_stride, token_stride, stages, stages, ring.v_full, ring.v_empty, 0)
+    return Half(first, page_stride, token_stride, main, tail, full, empty, TAIL)
 
 
 @gluon.jit

@@ -81,14 +81,7 @@ def test_mla_decode(file: str, line: int) -> None:
         attend_latent()
 
 
-PAGED = (
-    hopper_decode,
-    hopper_decode_results,
-    hopper_prefill,
-    hopper_prefill_attend,
-    hopper_prefill_load,
-    hopper_ring,
-)
+PAGED = (hopper_decode, hopper_decode_results, hopper_prefill, hopper_prefill_attend, hopper_prefill_load, hopper_ring)
 
 
 @pytest.mark.parametrize(("file", "line"), statements(*PAGED))
