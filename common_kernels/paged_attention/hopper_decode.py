@@ -127,7 +127,7 @@ def span_of(
 
 
 @gluon.jit
-def load_part_of_keys(share: Share, cache: Cache, table: Table, mask: Mask) -> None:
+def load_part_of_keys(share: Share, pack: Pack, cache: Cache, table: Table, mask: Mask) -> None:
     """The partition that fills the ring, with the tiles of all items of a part, one behind another."""
     if share.EARLY:
         wait_for_kernel_ahead()
@@ -138,7 +138,7 @@ def load_part_of_keys(share: Share, cache: Cache, table: Table, mask: Mask) -> N
     for number in range(part.first_item, part.last_item + 1):
         pages = pages_of_row(table, item.row)
         start, tiles, first_seen, stop = span_of(part, number, item, mask, share.CUT, BLOCK_N)
-        row = Row(pages, 0, first_seen, stop)
+        row = Row(pages, pack.kv_head, 0, first_seen, stop)
         for i in range(tiles):
             if cache.BOX:
                 load_tile(loaded + i, start + i * BLOCK_N, cache, row)
@@ -453,12 +453,12 @@ def taut_decode(
         value, value_page_stride, value_token_stride, value_head_stride, kv_head, ring.v, ring.v, ring.v_full,
         ring.v_empty, BOX, 0,
     )  # fmt: skip
-    cache = Cache(keys, values, pages, kv_head, True, PAGE_SIZE, BOX, BLOCK_N, HEAD_MAIN, STAGES, True)
+    cache = Cache(keys, values, pages, True, PAGE_SIZE, BOX, BLOCK_N, HEAD_MAIN, STAGES, True)
     page_table = Table(table, table_rows, table_stride)
     gl.warp_specialize(
         [
             (attend_part, (share, operands, ring, queries, output, partials, pack, padding, mask, scoring)),
-            (load_part_of_keys, (share, cache, page_table, mask)),
+            (load_part_of_keys, (share, pack, cache, page_table, mask)),
         ],
         [LOAD_WARPS],
         [LOAD_REGISTERS],

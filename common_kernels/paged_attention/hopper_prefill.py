@@ -329,8 +329,8 @@ def taut_prefill(
         value, value_page_stride, value_token_stride, value_head_stride, kv_head, ring.v, ring.v, ring.v_full,
         ring.v_empty, BOX, 0,
     )  # fmt: skip
-    cache = Cache(keys, values, pages, kv_head, PAGED, PAGE_SIZE, BOX, BLOCK_N, HEAD_MAIN, STAGES, AHEAD)
-    in_cache = Row(row_pages, first_slot, first_seen, end_seen)
+    cache = Cache(keys, values, pages, PAGED, PAGE_SIZE, BOX, BLOCK_N, HEAD_MAIN, STAGES, AHEAD)
+    in_cache = Row(row_pages, kv_head, first_slot, first_seen, end_seen)
     gl.warp_specialize(
         [
             (attend, (Role(0, AHEAD), q, q_tail, ring, turns, queries, output, block, mask, scoring)),
@@ -342,9 +342,9 @@ def taut_prefill(
             else []
         )
         + (
-            [(load_keys, (block, cache, in_cache)), (load_values, (block, cache, in_cache, as_pieces(v), landed))]
+            [(load_keys, (block, in_cache, cache)), (load_values, (block, in_cache, cache, as_pieces(v), landed))]
             if BOX
-            else [(gather_tiles, (block, cache, in_cache))]
+            else [(gather_tiles, (block, in_cache, cache))]
         ),
         of_partitions(4, 1 if BOX else GATHERING_WARPS, WARPGROUPS, BOX > 0),
         of_partitions(REGISTERS, LOAD_REGISTERS, WARPGROUPS, BOX > 0),

@@ -31,7 +31,7 @@ def as_pieces(stages: gl.shared_memory_descriptor) -> gl.tensor:
 
 
 @gluon.jit
-def load_keys(block: Block, cache: Cache, row: Row) -> None:
+def load_keys(block: Block, row: Row, cache: Cache) -> None:
     """The warp that has the copy engine bring keys."""
     BLOCK_N: gl.constexpr = cache.BLOCK_N
     STAGES: gl.constexpr = cache.STAGES
@@ -42,8 +42,8 @@ def load_keys(block: Block, cache: Cache, row: Row) -> None:
 @gluon.jit
 def load_values(
     block: Block,
-    cache: Cache,
     row: Row,
+    cache: Cache,
     pieces: gl.shared_memory_descriptor,  # the ring's values as pieces, see `as_pieces`
     landed: gl.shared_memory_descriptor,  # [1, 1] the barrier of values that are still to be cleared
 ) -> None:
@@ -91,7 +91,7 @@ def clear_dead_values(
 
 
 @gluon.jit
-def gather_tiles(block: Block, cache: Cache, row: Row) -> None:
+def gather_tiles(block: Block, row: Row, cache: Cache) -> None:
     """The warps that gather keys and values.
 
     A tile's keys are asked for ahead of the values of the one before, whose stage is empty later; unless a stage's

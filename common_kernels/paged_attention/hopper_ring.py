@@ -100,7 +100,6 @@ class Cache:
         keys: their half.
         values: theirs.
         dead_page: a page number that the descriptors do not have: its boxes arrive as zeros.
-        kv_head: whose keys and values are read.
         PAGED: whether there is a page table; else the keys of all rows lie side by side.
         PAGE_SIZE: tokens of a page.
         BOX: as of `Ring`.
@@ -113,7 +112,6 @@ class Cache:
     keys: Half
     values: Half
     dead_page: gl.tensor
-    kv_head: gl.tensor
     PAGED: gl.constexpr
     PAGE_SIZE: gl.constexpr
     BOX: gl.constexpr
@@ -125,16 +123,18 @@ class Cache:
 
 @aggregates_of(gl, gluon)
 class Row:
-    """Where the keys of a row lie, and which of them are read.
+    """Where the keys of a row and a head lie, and which of them are read.
 
     Attributes:
         pages: pointer to the row's first page number; contiguous: not used.
+        kv_head: the head.
         first_slot: contiguous: where the row's first key lies.
         first_seen: keys without a position first_seen <= j < end_seen are not read (boxes without any).
         end_seen: see there.
     """
 
     pages: gl.tensor
+    kv_head: gl.tensor
     first_slot: gl.tensor
     first_seen: gl.tensor
     end_seen: gl.tensor
@@ -253,8 +253,8 @@ def load_tile(number: gl.tensor, tile: gl.tensor, cache: Cache, row: Row) -> Non
     stage = number % cache.STAGES
     pages, token = pages_of_tile(tile, cache, row)
     wait_for_stage(cache.keys, number, cache.STAGES)
-    load_boxes(cache.keys, cache.keys.full.index(stage), stage, pages, token, cache)
-    load_boxes(cache.values, cache.values.full.index(stage), stage, pages, token, cache)
+    load_boxes(cache.keys, cache.keys.full.index(stage), stage, pages, token, cache, row)
+    load_boxes(cache.values, cache.values.full.index(stage), stage, pages, token, cache, row)
 
 
 @gluon.jit
@@ -269,7 +269,7 @@ def load_half(
     """As `load_tile`, of the keys alone or of the values alone; also where they lie side by side (contiguous)."""
     pages, token = pages_of_tile(tile, cache, row)
     wait_for_stage(half, number, cache.STAGES)
-    load_boxes(half, told, number % cache.STAGES, pages, token, cache)
+    load_boxes(half, told, number % cache.STAGES, pages, token, cache, row)
 
 
 @gluon.jit
@@ -313,13 +313,14 @@ def load_boxes(
     pages: gl.tensor,
     token: gl.tensor,
     cache: Cache,
+    row: Row,
 ) -> None:
     """The boxes of a tile's keys, or of its values, into a stage that is empty."""
     HEAD_MAIN: gl.constexpr = cache.HEAD_MAIN
     mbarrier.expect(told, cache.BLOCK_N * 2 * (HEAD_MAIN + half.TAIL))
-    load_columns(half.source, half.main, told, stage, pages, token, cache, 0, HEAD_MAIN)
+    load_columns(half.source, half.main, told, stage, pages, token, cache, row, 0, HEAD_MAIN)
     if half.TAIL:
-        load_columns(half.source, half.tail, told, stage, pages, token, cache, HEAD_MAIN, half.TAIL)
+        load_columns(half.source, half.tail, told, stage, pages, token, cache, row, HEAD_MAIN, half.TAIL)
 
 
 @gluon.jit
@@ -331,6 +332,7 @@ def load_columns(
     pages: gl.tensor,
     token: gl.tensor,
     cache: Cache,
+    row: Row,
     FIRST_COLUMN: gl.constexpr,
     COLUMNS: gl.constexpr,
 ) -> None:
@@ -341,7 +343,7 @@ def load_columns(
         for block in gl.static_range(BLOCKS):
             tma_load(
                 source,
-                [pages[box], cache.kv_head, token, FIRST_COLUMN + block * BOX_COLUMNS],
+                [pages[box], row.kv_head, token, FIRST_COLUMN + block * BOX_COLUMNS],
                 told,
                 boxes.index((stage * BLOCKS + block) * BOXES + box),
             )
