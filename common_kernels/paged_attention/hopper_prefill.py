@@ -344,7 +344,7 @@ def taut_prefill(
         + (
             [(load_keys, (block, in_cache, cache)), (load_values, (block, in_cache, cache, as_pieces(v), landed))]
             if BOX
-            else [(gather_tiles, (block, in_cache, cache))]
+            else [(gather_tiles, (block, cache, in_cache))]
         ),
         of_partitions(4, 1 if BOX else GATHERING_WARPS, WARPGROUPS, BOX > 0),
         of_partitions(REGISTERS, LOAD_REGISTERS, WARPGROUPS, BOX > 0),

@@ -91,7 +91,7 @@ def clear_dead_values(
 
 
 @gluon.jit
-def gather_tiles(block: Block, row: Row, cache: Cache) -> None:
+def gather_tiles(block: Block, cache: Cache, row: Row) -> None:
     """The warps that gather keys and values.
 
     A tile's keys are asked for ahead of the values of the one before, whose stage is empty later; unless a stage's
