@@ -7,8 +7,8 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.jit
-def worked_out(total: gl.tensor) -> gl.tensor:
-    """`total`, a sum of weights, as it is; what is waited for after this is not waited for before it is known.
+def worked_out(row_sum: gl.tensor) -> gl.tensor:
+    """`row_sum`, sums of weights, as they are; what is waited for after this is not waited for before it is known.
 
     The assembler moves a wait for products ahead of arithmetic that has nothing to do with it, here that of the
     softmax, which is to be done under them. It does not move it past a store to shared memory. This one is never done,
@@ -24,7 +24,7 @@ def worked_out(total: gl.tensor) -> gl.tensor:
             mov.b32 $0, $1;
         }""",
         "=f,f",
-        [total],
+        [row_sum],
         dtype=gl.float32,
         is_pure=False,
         pack=1,
@@ -51,13 +51,13 @@ PACK = gl.constexpr(LOOKED_AT)
 
 
 @gluon.jit
-def rescaled(acc: gl.tensor, decay: gl.tensor) -> gl.tensor:
-    """`acc * decay`, an output [64, V] as matrix instructions lay it out and a factor of each row [64, 1].
+def rescaled(acc: gl.tensor, alpha: gl.tensor) -> gl.tensor:
+    """`acc * alpha`, an output [64, V] as matrix instructions lay it out and a factor of each row [64, 1].
 
     Once a row has met its maximum its factor is one, and so are, after a while, those of all rows of a warp: then the
     warp goes past the multiplications. (FlashAttention-4 leaves out factors that are near one; here what comes out is
     the same to the last bit.) Of four neighbouring elements of a thread two are of one row and two of another.
     """
     return gl.inline_asm_elementwise(
-        MULTIPLY_OR_SKIP, IN_PLACE, [acc, decay], dtype=gl.float32, is_pure=False, pack=PACK
+        MULTIPLY_OR_SKIP, IN_PLACE, [acc, alpha], dtype=gl.float32, is_pure=False, pack=PACK
     )

@@ -169,9 +169,9 @@ def decode(
     pages = step.pages
     box = box_of(pages.page_size, tile["keys"])
     head_main, head_tail = halves(query.shape[2])
-    dependent = device_facts(str(query.device)).dependent_launch
+    early = device_facts(str(query.device)).dependent_launch
     merged_by_last = 2 * workspace.items > schedule.shape.parts and workspace.arrivals is not None
-    overlapped = dependent and not merged_by_last
+    releases = early and not merged_by_last
     taut_decode[(kv_heads * triton.cdiv(group, workspace.pack), schedule.shape.parts)](
         query,
         boxes_of(key_cache, box) if box else key_cache,
@@ -205,8 +205,8 @@ def decode(
         GROUP=group,
         PACK=workspace.pack,
         QUERIES=schedule.shape.block,
-        DEPENDENT=dependent,
-        OVERLAPPED=overlapped,
+        EARLY=early,
+        RELEASES=releases,
         PADDING=padding,
         CAUSAL=mask.causal,
         HAS_LEFT=mask.left >= 0,
@@ -214,19 +214,19 @@ def decode(
         HAS_SOFT_CAP=mask.soft_cap > 0,
         PAGE_SIZE=pages.page_size,
         BOX=box,
-        ROWS=tile["rows"],
+        BLOCK_M=tile["rows"],
         BLOCK_N=tile["keys"],
-        TILE=schedule.shape.tile,
+        CUT=schedule.shape.tile,
         HEAD_MAIN=head_main,
         HEAD_TAIL=head_tail,
         STAGES=tile["stages"],
         LOAD_REGISTERS=tile["load_registers" if box else "gather_registers"],
         num_warps=4,
         maxnreg=min(MOST_REGISTERS, REGISTERS // (DECODE_THREADS * tile["programs"])),
-        **launch_options(dependent),
+        **launch_options(early),
     )
     if not merged_by_last:
-        merge_items(workspace, out, lse, schedule.shape.block * q_heads, overlapped)
+        merge_items(workspace, out, lse, schedule.shape.block * q_heads, releases)
 
 
 def ragged_attention(

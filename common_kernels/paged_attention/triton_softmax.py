@@ -87,7 +87,7 @@ class Keys:
         key_tail: [HEAD_TAIL] pointers, of no meaning without a tail.
         value: [VALUE_MAIN] pointers.
         value_tail: [VALUE_TAIL] pointers, of no meaning without a tail.
-        table_row: pointer: the row's first page number.
+        table_row: pointer: the row's first page number, if PAGED.
         first_seen: positions outside first_seen <= j < end_seen are not read.
         PAGED: whether there is a page table.
         SAME_STRIDES: of keys and values: their addresses are then worked out once.
@@ -98,7 +98,7 @@ class Keys:
     key_tail: tl.tensor
     value: tl.tensor
     value_tail: tl.tensor
-    table_row: tl.tensor
+    table_row: tl.tensor | None
     key_page_stride: tl.tensor
     key_token_stride: tl.tensor
     value_page_stride: tl.tensor

@@ -1,4 +1,4 @@
-"""The schedule's tables as kernels in Gluon read them; see `triton_launch`, which writes them and explains them."""
+"""The schedule's tables as kernels in Gluon read them; see `triton_items`, its twin."""
 
 from __future__ import annotations
 
@@ -104,9 +104,9 @@ def load_record(record: gl.tensor) -> Item:
 
 
 @gluon.jit
-def tiles_of(item: Item, TILE: gl.constexpr) -> gl.tensor:
-    """Tiles of an item; see `reference.tiles_of`."""
-    return gl.where(item.queries > 0, gl.maximum(gl.cdiv(item.end_key - item.first_key, TILE), 1), 0)
+def tiles_of(item: Item, CUT: gl.constexpr) -> gl.tensor:
+    """Tiles of an item, of CUT keys each; see `reference.tiles_of`."""
+    return gl.where(item.queries > 0, gl.maximum(gl.cdiv(item.end_key - item.first_key, CUT), 1), 0)
 
 
 @gluon.jit

@@ -20,7 +20,14 @@ from emulated.test_hopper_paged import LONG, SHORT, small  # noqa: F401
 from taut.common_kernels import hopper
 from taut.common_kernels.mla_decode import hopper_few_rows, hopper_many_rows, hopper_queries
 from taut.common_kernels.mla_decode import hopper_ring as mla_ring
-from taut.common_kernels.paged_attention import hopper_decode, hopper_prefill, hopper_ring
+from taut.common_kernels.paged_attention import (
+    hopper_decode,
+    hopper_decode_results,
+    hopper_prefill,
+    hopper_prefill_attend,
+    hopper_prefill_load,
+    hopper_ring,
+)
 
 CALLS = {
     "mbarrier.wait",
@@ -75,7 +82,10 @@ def test_mla_decode(file: str, line: int) -> None:
         attend_latent()
 
 
-@pytest.mark.parametrize(("file", "line"), statements(hopper_decode, hopper_prefill, hopper_ring))
+PAGED = (hopper_decode, hopper_decode_results, hopper_prefill, hopper_prefill_attend, hopper_prefill_load, hopper_ring)
+
+
+@pytest.mark.parametrize(("file", "line"), statements(*PAGED))
 def test_paged_attention(small: Any, file: str, line: int) -> None:  # noqa: F811
     with without(file, line), pytest.raises(AssertionError):
         attend_paged(small)

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 # An instruction that does nothing, at which the assembler stops moving others.
-gluon_emulator.replace("worked_out", lambda total: total)
-gluon_emulator.replace("rescaled", lambda acc, decay: acc * decay)
+gluon_emulator.replace("worked_out", lambda row_sum: row_sum)
+gluon_emulator.replace("rescaled", lambda acc, alpha: acc * alpha)
 
 FACTS = DeviceFacts("sm_90", 232_448, 4)
 SIZES = ((64, 64), (128, 128), (192, 128), (256, 256))
@@ -154,14 +154,14 @@ def over_keys_kernel(
     maxima: gl.tensor,
     sums: gl.tensor,
     BLOCK_N: gl.constexpr,  # noqa: N803
-    ROWS: gl.constexpr,  # noqa: N803
+    BLOCK_M: gl.constexpr,  # noqa: N803
 ) -> None:
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     keys = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, layout))
-    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(0, layout))
-    tile = gl.load(scores + keys[:, None] * ROWS + rows[None, :])
-    gl.store(maxima + rows, max_over_keys(tile))
-    gl.store(sums + rows, sum_over_keys(tile))
+    m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, layout))
+    tile = gl.load(scores + keys[:, None] * BLOCK_M + m[None, :])
+    gl.store(maxima + m, max_over_keys(tile))
+    gl.store(sums + m, sum_over_keys(tile))
 
 
 @given(st.integers(0, 1000), st.sampled_from((64, 128)), st.sampled_from((8, 16, 64)))
