@@ -32,14 +32,12 @@ class Mask:
 
 
 @gluon.jit
-def sees(mask: Mask, keys: gl.tensor, positions: gl.tensor, length: gl.tensor | None) -> gl.tensor:
-    """Which keys (their positions in the row) the queries at some positions see; shapes that broadcast.
+def sees(mask: Mask, keys: gl.tensor, positions: gl.tensor, there: gl.tensor) -> gl.tensor:
+    """Which keys (their positions in the row), of those that are there, the queries at some positions see.
 
-    A length of None says that no key lies past the row's end.
+    Shapes broadcast. `there` says which keys lie before the row's end; True where all do.
     """
-    seen = True
-    if length is not None:
-        seen = keys < length
+    seen = there
     if mask.CAUSAL:
         seen = seen & (keys <= positions)
     if mask.HAS_LEFT:

@@ -32,14 +32,12 @@ class Mask:
 
 
 @triton.jit
-def sees(mask: Mask, keys: tl.tensor, positions: tl.tensor, length: tl.tensor | None) -> tl.tensor:
-    """Which keys (their positions in the row) the queries at some positions see; shapes that broadcast.
+def sees(mask: Mask, keys: tl.tensor, positions: tl.tensor, there: tl.tensor) -> tl.tensor:
+    """Which keys (their positions in the row), of those that are there, the queries at some positions see.
 
-    A length of None says that no key lies past the row's end.
+    Shapes broadcast. `there` says which keys lie before the row's end; True where all do.
     """
-    seen = True
-    if length is not None:
-        seen = keys < length
+    seen = there
     if mask.CAUSAL:
         seen = seen & (keys <= positions)
     if mask.HAS_LEFT:

@@ -82,7 +82,7 @@ def hide_unseen(weighing: Weighing, scores: gl.tensor, first: gl.tensor, M_AXIS:
     OF_KEY: gl.constexpr = gl.SliceLayout(M_AXIS, scores.type.layout)
     keys = gl.expand_dims(first + gl.arange(0, BLOCK_N, layout=OF_KEY), M_AXIS)
     positions = gl.expand_dims(weighing.positions, 1 - M_AXIS)
-    return gl.where(sees(weighing.mask, keys, positions, weighing.end_key), scores, float("-inf"))
+    return gl.where(sees(weighing.mask, keys, positions, keys < weighing.end_key), scores, float("-inf"))
 
 
 @gluon.jit

@@ -162,9 +162,9 @@ def attend_tiles(
                 scores = tl.dot(nope, tl.trans(latent), scores) * scale
             keys, seers = keys[None, :], positions[:, None]
         if LAST:
-            scores = tl.where(sees(mask, keys, seers, end_key), scores, float("-inf"))
+            scores = tl.where(sees(mask, keys, seers, keys < end_key), scores, float("-inf"))
         elif mask.CAUSAL:
-            scores = tl.where(sees(mask, keys, seers, None), scores, float("-inf"))
+            scores = tl.where(sees(mask, keys, seers, True), scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 0 if TRANSPOSED else 1))
         base = new_max
         if mask.CAUSAL:  # a query may see nothing of a tile, and nothing before

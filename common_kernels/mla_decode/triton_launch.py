@@ -102,7 +102,7 @@ class MlaWorkspace(ScheduledWorkspace):
         shape = ScheduleShape(
             parts=parts_that_fit(multiprocessors, tile["programs"], tiling.head_blocks),
             max_items=most_items(max_rows, max_tokens, tiling.block, max_query),
-            tile=tile["keys"],
+            cut=tile["keys"],
             block=tiling.block,
             minimum_share=tile["share"],
             spare=tile["spare"],

@@ -249,7 +249,8 @@ def attend_tiles(
         if scoring.slopes is not None:
             scores += slopes[None, :] * (keys[:, None] - positions[None, :]).to(gl.float32)
         # All tiles are masked: it costs little beside reading them.
-        scores = gl.where(sees(mask, keys[:, None], positions[None, :], stop), scores, float("-inf"))
+        seen = sees(mask, keys[:, None], positions[None, :], keys[:, None] < stop)
+        scores = gl.where(seen, scores, float("-inf"))
         new_max = gl.maximum(row_max, max_over_keys(scores))
         weights = gl.exp2(scores - new_max[None, :])
         alpha = gl.exp2(row_max - new_max)

@@ -216,7 +216,7 @@ def decode(
         BOX=box,
         BLOCK_M=tile["rows"],
         BLOCK_N=tile["keys"],
-        CUT=schedule.shape.tile,
+        CUT=schedule.shape.cut,
         HEAD_MAIN=head_main,
         HEAD_TAIL=head_tail,
         STAGES=tile["stages"],

@@ -124,7 +124,7 @@ def weigh(
     if HAS_SLOPES:
         scores += warpgroup.slopes[:, None] * (keys[None, :] - warpgroup.positions[:, None]).to(gl.float32)
     if MASKED:
-        seen = sees(mask, keys[None, :], warpgroup.positions[:, None], length)
+        seen = sees(mask, keys[None, :], warpgroup.positions[:, None], keys[None, :] < length)
         scores = gl.where(seen, scores, float("-inf"))
     highest = gl.max(scores, 1)
     if scoring.HAS_SOFT_CAP or HAS_SLOPES:

@@ -138,11 +138,11 @@ def taut_decode(
         value_tail_range = VALUE_MAIN + tl.arange(0, VALUE_TAIL)
         value_tail_columns = value_head + value_tail_range * value_stride
     score_scale = scale_of_scores(scale, key_scale, soft_cap, kv_head if KEY_HEAD_SCALES else 0, HAS_SOFT_CAP)
-    scoring = Scoring(score_scale, soft_cap * LOG2E, HAS_SOFT_CAP, slopes is not None)
     mask = Mask(left, right, CAUSAL, HAS_LEFT, HAS_RIGHT)
     row_slopes = tl.zeros([BLOCK_M], tl.float32)
     if slopes is not None:
         row_slopes = tl.load(slopes + heads, mask=ours, other=0.0) * LOG2E
+    scoring = Scoring(score_scale, soft_cap * LOG2E, HAS_SOFT_CAP, slopes is not None)
 
     for number in range(share.first_item, share.last_item + 1):
         next_item = load_item(schedule, tl.minimum(number + 1, share.last_item))  # early, too

@@ -117,7 +117,7 @@ class PagedWorkspace(ScheduledWorkspace):
         return super().size_in_bytes + (0 if self.arrivals is None else self.arrivals.nbytes)
 
 
-def decode_cut(table: TileTable, operation: str, group: int, max_query: int, facts: Tile) -> tuple[Tile, int, int]:
+def decode_tiling(table: TileTable, operation: str, group: int, max_query: int, facts: Tile) -> tuple[Tile, int, int]:
     """The tile of the decode kernel, the query heads that share a program, and the queries of a work item.
 
     Args:
@@ -159,7 +159,7 @@ def paged_workspace(
     group = problem.q_heads // problem.kv_heads
     dtype, cache_dtype = getattr(torch, problem.dtype), getattr(torch, problem.cache_dtype)
     facts = tile_facts(group, problem.head_size, problem.value_size, dtype, cache_dtype)
-    tile, pack, block = decode_cut(table, operation, group, problem.max_query, facts)
+    tile, pack, block = decode_tiling(table, operation, group, problem.max_query, facts)
     head_blocks = problem.kv_heads * triton.cdiv(group, pack)
     cut = tile.get("cut", tile["keys"])
     whole_pages = problem.page_size % tile["keys"] == 0  # then a round of the loop lies in one page, if it begins so
@@ -167,7 +167,7 @@ def paged_workspace(
     shape = ScheduleShape(
         parts=parts_that_fit(device_has.multiprocessors, tile["programs"], head_blocks),
         max_items=most_items(max_rows, max_tokens, block, min(problem.max_query or DECODE_QUERIES, DECODE_QUERIES)),
-        tile=scheduled,
+        cut=scheduled,
         block=block,
         left=left,
         right=0 if "non_causal" not in problem.features else -1,
@@ -340,7 +340,7 @@ def decode(
         SAME_STRIDES=key_cache.stride() == value_cache.stride(),
         BLOCK_M=tile["rows"],
         BLOCK_N=tile["keys"],
-        CUT=schedule.shape.tile,
+        CUT=schedule.shape.cut,
         STAGES=tile["stages"],
         **compiled_for(mask, query, value_cache, device_has.native_float8),
         num_warps=tile["warps"],

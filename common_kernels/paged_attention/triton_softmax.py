@@ -212,7 +212,7 @@ def attend_tiles(
         if scoring.HAS_SLOPES:
             scores += queries.slopes[:, None] * (keys[None, :] - positions[:, None]).to(tl.float32)
         if MASKED:
-            seen = live[None, :] & sees(mask, keys[None, :], positions[:, None], None)
+            seen = sees(mask, keys[None, :], positions[:, None], live[None, :])
             scores = tl.where(seen, scores, float("-inf"))
         if scoring.HAS_SOFT_CAP or scoring.HAS_SLOPES:
             new_max = tl.maximum(row_max, tl.max(scores, 1))

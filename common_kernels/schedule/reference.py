@@ -84,9 +84,9 @@ def schedule(shape: ScheduleShape, lengths: Sequence[int], query_starts: Sequenc
     ]
     starts = [0]
     for item in items:
-        starts.append(starts[-1] + tiles_of(item, shape.tile))
+        starts.append(starts[-1] + tiles_of(item, shape.cut))
     total = starts[-1]
-    active = active_parts(shape, [tiles_of(item, shape.tile) for item in items])
+    active = active_parts(shape, [tiles_of(item, shape.cut) for item in items])
 
     partials = 0
     for i, item in enumerate(items):
@@ -113,5 +113,5 @@ def _item(shape: ScheduleShape, row: int, length: int, row_end: int, first_query
         end_key = max(0, min(end_key, first_position + queries + shape.right))
     first_key = 0
     if shape.left >= 0:
-        first_key = max(0, min(first_position - shape.left, end_key)) // shape.tile * shape.tile
+        first_key = max(0, min(first_position - shape.left, end_key)) // shape.cut * shape.cut
     return Item(row, first_query, queries, first_position, first_key, end_key, 0, 0)

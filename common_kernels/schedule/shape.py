@@ -16,7 +16,7 @@ class ScheduleShape:
     Args:
         parts: how many parts the line of tiles is cut into; see `parts_that_fit`.
         max_items: the most work items a step can have; see `most_items`.
-        tile: keys in a tile.
+        cut: keys of a schedule tile.
         block: the most queries in a work item.
         left: how far back a query sees, itself not counted; -1 for all.
         right: how far ahead it sees, 0 where causal; -1 for all. A schedule that sees more than the mask is right too:
@@ -30,7 +30,7 @@ class ScheduleShape:
 
     parts: int
     max_items: int
-    tile: int
+    cut: int
     block: int
     left: int = -1
     right: int = -1

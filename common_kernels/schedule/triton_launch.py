@@ -77,7 +77,7 @@ class DeviceSchedule:
             rows,
             shape.parts,
             items if shape.merges_by_item(items) else 0,
-            CUT=shape.tile,
+            CUT=shape.cut,
             BLOCK=shape.block,
             LEFT=shape.left,
             RIGHT=shape.right,

@@ -18,6 +18,7 @@ from strategies import paged_cases
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from taut.common_kernels.builtin import HOPPER_SIZES
 from taut.common_kernels.kernels import NoWorkspace
 from taut.common_kernels.paged_attention import hopper_launch, triton_launch
 from taut.common_kernels.paged_attention.hopper_decode import max_over_keys, sum_over_keys
@@ -32,7 +33,6 @@ gluon_emulator.replace("worked_out", lambda row_sum: row_sum)
 gluon_emulator.replace("rescaled", lambda acc, alpha: acc * alpha)
 
 FACTS = DeviceFacts("sm_90", 232_448, 4)
-SIZES = ((64, 64), (128, 128), (192, 128), (256, 256))
 REGISTERS = {"load_registers": 40, "gather_registers": 72}
 PREFILL_TILE = REGISTERS | {"rows": 128, "keys": 32, "stages": 2, "pack": 2}
 DECODE_TILE = REGISTERS | {"rows": 16, "keys": 64, "stages": 2, "programs": 2, "share": 1, "spare": 2}
@@ -82,7 +82,7 @@ def check_ragged(kernels: Any, case: PagedCase, seed: int = 0) -> None:
 
 @given(
     paged_cases(),
-    st.sampled_from(SIZES),
+    st.sampled_from(HOPPER_SIZES),
     st.sampled_from(("decode", "both")),
     st.sampled_from(("bfloat16", "float16")),
 )

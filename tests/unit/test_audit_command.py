@@ -340,11 +340,11 @@ def test_partial_results_by_a_schedule_of_ours() -> None:
     from taut.common_kernels.schedule.shape import Item, ScheduleShape
     from taut.common_kernels.workspace import ScheduledWorkspace
 
-    workspace = ScheduledWorkspace(ScheduleShape(parts=8, max_items=5, tile=16, block=1), 5, 16, 64, "cpu")
+    workspace = ScheduledWorkspace(ScheduleShape(parts=8, max_items=5, cut=16, block=1), 5, 16, 64, "cpu")
     workspace.items = 3
     for i, splits in enumerate((1, 4, 0, 9, 9)):  # the last two are of another step
         workspace.schedule.items[i] = torch.tensor(Item(0, 0, 1, 0, 0, 1, splits, 0))
-    prompt = ScheduledWorkspace(ScheduleShape(parts=8, max_items=5, tile=16, block=8), 5, 16, 64, "cpu")
+    prompt = ScheduledWorkspace(ScheduleShape(parts=8, max_items=5, cut=16, block=8), 5, 16, 64, "cpu")
     prompt.items = 1
     prompt.schedule.items[0] = torch.tensor(Item(0, 0, 8, 0, 0, 8, 8, 0))
     expected = 2 * 4 * 16 * (64 + 1) * 4

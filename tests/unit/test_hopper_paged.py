@@ -58,6 +58,6 @@ def test_a_short_row_is_cut_into_whole_tiles_of_the_kernel(monkeypatch: pytest.M
     workspace = hopper_launch.paged_workspace(problem, 4, 4, "cpu")
     shape = workspace.schedule.shape
     short = schedule(shape, [1024], [0, 1])
-    assert [part.end_tile - part.first_tile for part in short.parts if part.last_item >= 0] == [64 // shape.tile] * 16
+    assert [part.end_tile - part.first_tile for part in short.parts if part.last_item >= 0] == [64 // shape.cut] * 16
     long = schedule(shape, [32768], [0, 1])
     assert sum(part.last_item >= 0 for part in long.parts) == shape.parts == 33

@@ -17,7 +17,7 @@ def shapes(draw: st.DrawFn) -> ScheduleShape:
     return ScheduleShape(
         parts=draw(st.sampled_from((1, 2, 7, 66, 132))),
         max_items=10_000,
-        tile=draw(st.sampled_from((1, 16, 64))),
+        cut=draw(st.sampled_from((1, 16, 64))),
         block=draw(st.sampled_from((1, 2, 4, 64))),
         left=draw(st.sampled_from((-1, 0, 100))),
         right=draw(st.sampled_from((-1, 0, 3))),
@@ -40,7 +40,7 @@ def pieces(shape: ScheduleShape, made: Schedule) -> dict[int, list[tuple[int, ra
         for i in range(part.first_item, part.last_item + 1):
             item = made.items[i]
             begin = part.first_tile if i == part.first_item else 0
-            end = part.end_tile if i == part.last_item else tiles_of(item, shape.tile)
+            end = part.end_tile if i == part.last_item else tiles_of(item, shape.cut)
             split = part.split if i == part.first_item else 0
             if begin < end:
                 found.setdefault(i, []).append((p, range(begin, end), item.first_partial + split))
@@ -55,7 +55,7 @@ def test_every_tile_exactly_once(rows: list[tuple[int, int]], shape: ScheduleSha
     places: list[int] = []
     for i, item in enumerate(made.items):
         covered = [tile for _, tiles, _ in found.get(i, []) for tile in tiles]
-        assert covered == list(range(tiles_of(item, shape.tile)))
+        assert covered == list(range(tiles_of(item, shape.cut)))
         assert item.splits == len(found.get(i, []))
         if item.splits > 1:
             places += [place for _, _, place in found[i]]
@@ -101,7 +101,7 @@ def test_every_query_in_one_item_with_all_that_it_sees(rows: list[tuple[int, int
             first = max(0, position - shape.left) if shape.left >= 0 else 0
             last = min(length, position + shape.right + 1) if shape.right >= 0 else length
             assert first >= last or (item.first_key <= first and last <= item.end_key)
-        assert item.first_key % shape.tile == 0
+        assert item.first_key % shape.cut == 0
     assert sorted(seen_by) == list(range(starts[-1]))
 
 
