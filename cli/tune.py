@@ -2,76 +2,56 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
+import tempfile
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from taut.benchmarks import BenchmarkError
 from taut.benchmarks.kernels import asked_with_option
 from taut.benchmarks.models import model_named
 from taut.benchmarks.operations import describe
-from taut.benchmarks.results import Compared, write_whole
+from taut.benchmarks.results import About, Compared, write_whole
 from taut.benchmarks.tables import render_comparison
 from taut.benchmarks.tuning.problems import DECODE, PREFILL, Tuned, questions
-from taut.benchmarks.tuning.search import Found, search
-from taut.benchmarks.tuning.space import SPACES
-from taut.benchmarks.tuning.writing import as_json, tuned_table
-from taut.cli.bench import check_output, progress, wide_console
+from taut.benchmarks.tuning.search import SPACES, Found, search
+from taut.cli.bench import AsJson, check_output, progress, wide_console
 from taut.common_kernels.providers import ProviderError, registry
+from taut.common_kernels.tiles import TileTable, table_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable
 
-    from taut.benchmarks.results import About
-    from taut.benchmarks.tuning.measure import Session
-    from taut.benchmarks.tuning.search import Outcome
     from taut.common_kernels.problem import Problem
-    from taut.common_kernels.tiles import Tile
+    from taut.common_kernels.workspace import DeviceFacts
 
 Answers = list[tuple[Tuned, Found]]
 SCHEMA = 1  # of the JSON; it rises when a key goes or changes its meaning
-MOST = 80
 
 
 def command(
-    models: Annotated[
-        list[str], typer.Argument(help="llama, deepseek, or models' folders (their config.json is enough).")
-    ],
+    models: Annotated[list[str], typer.Argument(help="llama, deepseek, or models' folders (a config.json is enough).")],
     tensor_parallel: Annotated[int, typer.Option("--tp", min=1, help="Devices that share the heads.")] = 1,
     page_size: Annotated[
-        int | None, typer.Option("--page", min=1, help="Tokens in a page; 64 for latent attention and 16 else.")
+        int | None, typer.Option("--page", min=1, help="Tokens in a page; 64 for MLA, else 16.")
     ] = None,
-    cache_dtype: Annotated[
-        str | None, typer.Option(help="Of the cache: bfloat16, float8_e4m3fn; the model's own.")
-    ] = None,
+    cache_dtype: Annotated[str | None, typer.Option(help="bfloat16 or float8_e4m3fn; else the model's own.")] = None,
     decode: Annotated[str, typer.Option(help="The grid of decode.")] = DECODE,
     prefill: Annotated[str, typer.Option(help="The grid of prefill.")] = PREFILL,
-    provider: Annotated[
-        str | None,
-        typer.Option("--kernels", help="Whose tiles: triton or hopper; those that would serve if not given."),
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The table; tiles-TARGET.json here if not given.")
-    ] = None,
-    table: Annotated[
-        Path | None, typer.Option(help="The table to begin from; that of the package if not given.")
-    ] = None,
-    most: Annotated[int, typer.Option(min=1, help="Tiles to measure for each question.")] = MOST,
-    jobs: Annotated[
-        int | None, typer.Option(min=0, help="Processes that compile; all cores but one if not given.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show whose tiles would be tuned, and where; without a GPU, triton's.")
-    ] = False,
-    as_data: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
+    provider: Annotated[str | None, typer.Option("--kernels", help="triton or hopper; else what would serve.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The table; else tiles-TARGET.json.")] = None,
+    table: Annotated[Path | None, typer.Option(help="The table to begin from; else that of the package.")] = None,
+    most: Annotated[int, typer.Option(min=1, help="Tiles to measure for each question.")] = 80,
+    jobs: Annotated[int | None, typer.Option(min=0, help="Processes that compile; else all cores but one.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be tuned; needs no GPU.")] = False,
+    as_data: AsJson = False,
 ) -> None:
     """Measure which tiles are fastest on this GPU for these models, and write a tile table.
 
@@ -82,139 +62,98 @@ def command(
     is slower than today's on any shape. Interrupted, it writes nothing.
     """
     check_output(output)
+    facts = _facts()
     try:
-        target, provider_of = _who_serves(provider)
         asked = questions(
             {model.name: model.config for model in map(model_named, dict.fromkeys(models))},
-            target=target, provider_of=provider_of, tensor_parallel=tensor_parallel, page_size=page_size,
-            cache_dtype=cache_dtype, decode=decode, prefill=prefill,
+            provider_of=_who_serves(provider, on_gpu=facts is not None), page_size=page_size, decode=decode,
+            prefill=prefill, target=facts.target if facts else "any", tensor_parallel=tensor_parallel,
+            cache_dtype=cache_dtype,
         )  # fmt: skip
     except ProviderError as error:
         raise (asked_with_option(error) if provider else error) from None
     if dry_run:
-        _dry_run(asked, as_data=as_data)
+        told = "{0.provider}: {0.name}, measured as {0.operation} at {1} shapes for {2}"
+        lines = [told.format(one, len(one.shapes), " and ".join(one.models)) for one in asked]
+        typer.echo(json.dumps([asdict(one) for one in asked], indent=1) if as_data else "\n".join(lines))
         return
-    session = _session(table, max(1, (os.cpu_count() or 2) - 1) if jobs is None else jobs)
-    place = output or Path(f"tiles-{session.facts.target}.json")
+    if facts is None:
+        raise BenchmarkError("taut tune measures on a GPU, and torch finds none: try `taut doctor`, or --dry-run")
+    place = output or Path(f"tiles-{facts.target}.json")
     check_output(place)
-    found, failures = tune(session, asked, most)
+    base = table_for(facts.target, facts.shared_memory, str(table) if table else None)
+    found, failures = tune(asked, base, facts, most, max(1, (os.cpu_count() or 2) - 1) if jobs is None else jobs)
     if found:
-        _write(session, found, place, as_data=as_data)
+        _write(found, base, facts, place, as_data=as_data)
     if failures:
         raise BenchmarkError(f"not tuned: {'; '.join(failures)}")
 
 
-def _who_serves(named: str | None) -> tuple[str, Callable[[Problem], str]]:
-    """The target of this machine, and which provider serves a problem there, as engines would be told.
+def _facts() -> DeviceFacts | None:
+    """Of the GPU that is tuned; None where torch is missing, or finds none."""
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return None
+    from taut.common_kernels.workspace import device_facts
 
-    Without a GPU the target is "any", and the automatic choice stands as `triton`, which serves on every GPU.
+    return device_facts("cuda:0") if torch.cuda.is_available() else None
 
-    Args:
-        named: with --kernels; None for what TAUT_KERNELS says.
+
+def _who_serves(named: str | None, *, on_gpu: bool) -> Callable[[Problem], str]:
+    """Which provider serves a problem on this machine, as engines would be told.
+
+    Without a GPU the automatic choice stands as `triton`, which serves on every GPU. `named` is that of --kernels.
 
     Raises:
         ProviderError: no provider has this name. The function that is returned raises it where none can serve.
     """
     from taut.engine_plugins.settings import settings
 
-    wanted, target = named or settings().kernels, _target()
+    wanted = named or settings().kernels
     registry().check_name(wanted)
-    if target is None:
-        return "any", lambda _problem: "triton" if wanted == "auto" else wanted
-    return target, lambda problem: registry().choose(problem, wanted).provider.name
+    if on_gpu:
+        return lambda problem: registry().choose(problem, wanted).provider.name
+    return lambda _problem: "triton" if wanted == "auto" else wanted
 
 
-def _target() -> str | None:
-    """The target of the GPU that would be tuned; None where torch is missing, or finds none."""
-    try:
-        import torch
-    except ModuleNotFoundError:
-        return None
-    from taut.common_kernels.targets import target_of
+def tune(asked: list[Tuned], base: TileTable, facts: DeviceFacts, most: int, jobs: int) -> tuple[Answers, list[str]]:
+    """The answers to the questions, and why others have none: today's tile cannot be measured."""
+    import torch
 
-    return target_of(torch.device("cuda:0")) if torch.cuda.is_available() else None
+    from taut.benchmarks.tuning.measure import Measurer, compilers
 
-
-def _dry_run(asked: Sequence[Tuned], *, as_data: bool) -> None:
-    if as_data:
-        typer.echo(json.dumps([dataclasses.asdict(question) for question in asked], indent=1))
-        return
-    table = Table(
-        *("kernels", "of the table", "asked with", "measured as", "shapes", "for"), box=box.SIMPLE_HEAD, pad_edge=False
-    )
-    for one in asked:
-        facts, shapes, models = describe(one.facts), str(len(one.shapes)), ", ".join(one.models)
-        table.add_row(one.provider, one.table_operation, facts, one.operation, shapes, models)
-    wide_console().print(table)
-
-
-def _session(table: Path | None, jobs: int) -> Session:
-    """What tunes the GPU of this process.
-
-    Args:
-        table: to begin from; None for the package's.
-        jobs: processes that compile.
-
-    Raises:
-        BenchmarkError: torch is missing, or can use no GPU.
-    """
-    try:
-        import torch
-    except ModuleNotFoundError:
-        raise BenchmarkError("tuning needs torch, which is missing here; --dry-run shows what it would do") from None
-    from taut.benchmarks import timing
-    from taut.benchmarks.tuning.measure import Session
-    from taut.common_kernels.tiles import table_for
-    from taut.common_kernels.workspace import device_facts
-
-    timing.need_gpu("taut tune")
     torch.manual_seed(0)
-    facts = device_facts("cuda:0")
-    return Session(table_for(facts.target, facts.shared_memory, str(table) if table else None), facts, "cuda:0", jobs)
-
-
-def tune(session: Session, asked: Sequence[Tuned], most: int) -> tuple[Answers, list[str]]:
-    """The answers to the questions, and why others have none: today's tile cannot be measured.
-
-    Args:
-        session: where.
-        asked: the questions.
-        most: tiles to measure for each.
-    """
     found: Answers = []
     failures = []
-    with progress() as bar, session.timers() as timer_of:
-        for number, question in enumerate(asked):
-            task = bar.add_task(f"{number + 1} of {len(asked)}, {question.name}", total=most)
-            timer = timer_of(question)
-
-            def counted(tiles: Sequence[Tile], limits: Sequence[float] | None) -> Iterator[Outcome]:
-                for outcome in timer(tiles, limits):  # noqa: B023 - the search ends before the next question begins
-                    bar.advance(task)  # noqa: B023
-                    yield outcome
-
-            start = session.base.tile(question.table_operation, question.facts)
+    with progress() as bar, compilers(jobs) as pool, tempfile.TemporaryDirectory() as folder:
+        for number, one in enumerate(asked):
+            task = bar.add_task(f"{number + 1} of {len(asked)}, {one.name}", total=most)
+            timer = Measurer(one, base, facts, Path(folder), pool, counted=partial(bar.advance, task))
+            start = base.tile(one.table_operation, one.facts)
             try:
-                found.append((question, search(SPACES[question.table_operation], question.given, start, counted, most)))
+                found.append((one, search(SPACES[one.table_operation], one.given, start, timer, most)))
             except BenchmarkError as error:
-                failures.append(f"{question.name}: {error}")
+                failures.append(f"{one.name}: {error}")
             bar.update(task, visible=False)
     return found, failures
 
 
-def _write(session: Session, found: Answers, place: Path, *, as_data: bool) -> None:
+def _write(found: Answers, base: TileTable, facts: DeviceFacts, place: Path, *, as_data: bool) -> None:
     """Write the table, and tell what came of it."""
     from taut.benchmarks.timing import about
 
     here = about()
     packages = [f"{name} {here.packages[name]}" for name in ("torch", "triton") if name in here.packages]
     measured = ", ".join([f"an {here.gpu}", *packages, here.date])
-    chosen = [(question, one.best) for question, one in found]
-    facts = session.facts
-    table = tuned_table(session.base, chosen, target=facts.target, shared_memory=facts.shared_memory, measured=measured)
-    write_whole(place, as_json(table))
+    names = "; ".join(question.name for question, _ in found)
+    about_it = f"measured on {measured}: {names}. The rest as in {base.name}: {base.about}"
+    table = replace(base, about=about_it, targets=(facts.target,), shared_memory=facts.shared_memory)
+    for question, one in found:
+        table = table.answering(question.table_operation, question.facts, one.best)
+    write_whole(place, table.as_json())
     if as_data:
-        told = {"schema": SCHEMA, "table": str(place), "measured": measured, "base": session.base.name}
+        told = {"schema": SCHEMA, "table": str(place), "measured": measured, "base": base.name}
         typer.echo(json.dumps(told | {"questions": [_as_data(*answer) for answer in found]}, indent=1))
     else:
         wide_console().print(render(found, here))

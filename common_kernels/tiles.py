@@ -17,7 +17,8 @@ taken. What the facts and the numbers of a tile mean is said by the operation's 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,6 +85,18 @@ class TileTable:
                 f"{self.name}: {operation} knows no {error}; it knows {', '.join(sorted(facts))}"
             ) from error
         raise TileError(f"{self.name} has no entry of {operation} for {dict(facts)}")
+
+    def answering(self, operation: str, facts: Mapping[str, int], tile: Tile) -> TileTable:
+        """A table that answers these facts with this tile, and everything else as this one."""
+        entry = Entry({name: (number, number) for name, number in facts.items()}, tile)
+        others = [one for one in self.operations.get(operation, ()) if one.when != entry.when]
+        return replace(self, operations={**self.operations, operation: (entry, *others)})
+
+    def as_json(self) -> str:
+        """The file of this table, an entry a line."""
+        raw = asdict(self)
+        del raw["name"]
+        return re.sub(r"\n {4,}|\n {3}(?=})", " ", json.dumps(raw, indent=1)) + "\n"
 
 
 def read_table(path: Path) -> TileTable:

@@ -19,8 +19,7 @@ from taut.benchmarks.tasks import TASKS
 from taut.benchmarks.tuning import measure
 from taut.benchmarks.tuning.measure import compile_tile
 from taut.benchmarks.tuning.problems import questions
-from taut.benchmarks.tuning.space import SPACES
-from taut.benchmarks.tuning.writing import as_json, only
+from taut.benchmarks.tuning.search import SPACES
 from taut.common_kernels.paged_attention import hopper_launch
 from taut.common_kernels.tiles import built_in_tables, choose_table
 
@@ -63,9 +62,9 @@ def largest(one: Tuned) -> Tile:
 
 
 def table_of(one: Tuned, tile: Tile, folder: Path) -> str:
-    """A table that has only this tile."""
+    """A table that answers with this tile."""
     path = folder / f"{len(list(folder.iterdir()))}.json"
-    path.write_text(as_json(only(BASE, one.table_operation, tile)))
+    path.write_text(BASE.answering(one.table_operation, one.facts, tile).as_json())
     return str(path)
 
 
@@ -104,7 +103,7 @@ def test_a_tile_fits_where_there_is_memory_enough(tmp_path: Path, one: Tuned, ti
     assert outcome.status == "timed", outcome.why
     # The same kernels, found in the cache, on a device that has less.
     misfit = compile_tile(one, table, replace(FACTS, shared_memory=1024))
-    assert (misfit.status, "1024 are there" in misfit.why) == ("does not fit", True)
+    assert (misfit.status, "Hardware limit: 1024" in misfit.why) == ("does not fit", True)
 
 
 @pytest.mark.parametrize("one", [asked("triton")[0], *asked("hopper")[:3]], ids=lambda one: one.name)
@@ -175,7 +174,8 @@ def test_every_tile_is_launched_as_no_other(
     for one in asked(provider, page):
         start, space = todays(one), SPACES[one.table_operation]
         launches: list[Told] = []
-        changed = [other for names in space.changes for other in space.changed(start, names, one.given)]
+        changes = (*space.axes, *space.coupled)
+        changed = [other for change in changes for other in space.changed(start, change, one.given)]
         for tile in [start, *changed]:
             told = Told()
             monkeypatch.setattr(JITFunction, "run", told.stand_in())

@@ -10,12 +10,13 @@ import pytest
 from taut.benchmarks.models import MODELS
 from taut.benchmarks.tuning import measure
 from taut.benchmarks.tuning.problems import Tuned, questions
-from taut.benchmarks.tuning.space import SPACES
+from taut.benchmarks.tuning.search import SPACES
 from taut.common_kernels.tiles import Tile, built_in_tables, choose_table
 from taut.common_kernels.workspace import INTERPRETED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from taut.benchmarks.tasks import Call
 
@@ -50,7 +51,7 @@ def corners(one: Tuned) -> list[Tile]:
 
 
 @pytest.mark.parametrize("one", ASKED[:3], ids=lambda one: one.name)
-def test_tiles_are_right(monkeypatch: pytest.MonkeyPatch, one: Tuned) -> None:
+def test_tiles_are_right(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, one: Tuned) -> None:
     monkeypatch.setattr(measure, "CHECKED_LENGTHS", (0, 1, 200, 65))
     monkeypatch.setattr(measure, "CHECKED_TOKENS", 150)
     kernel = {"mla_decode": "taut_mla_decode", "paged_decode": "taut_decode"}.get(one.operation, "taut_prefill")
@@ -60,11 +61,10 @@ def test_tiles_are_right(monkeypatch: pytest.MonkeyPatch, one: Tuned) -> None:
         timed.append(calls[0]())
         return 1.0
 
-    with measure.Session(BASE, INTERPRETED, "cpu", 0, time).timers() as timer_of:
-        timer = timer_of(one)
-        for tile in corners(one):
-            with gluon_emulator.seeded(0) as launched:
-                (outcome,) = timer([tile], None)
-            assert outcome.status == "timed", outcome.why
-            assert launched.count(kernel) == 2
+    timer = measure.Measurer(one, BASE, INTERPRETED, tmp_path, None, "cpu", time)
+    for tile in corners(one):
+        with gluon_emulator.seeded(0) as launched:
+            (outcome,) = timer([tile], None)
+        assert outcome.status == "timed", outcome.why
+        assert launched.count(kernel) == 2
     assert len(timed) == 2

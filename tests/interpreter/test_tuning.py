@@ -12,12 +12,13 @@ from taut.benchmarks.models import MODELS
 from taut.benchmarks.tasks import Task
 from taut.benchmarks.tuning import measure
 from taut.benchmarks.tuning.problems import questions
-from taut.benchmarks.tuning.space import SPACES
+from taut.benchmarks.tuning.search import SPACES
 from taut.common_kernels.tiles import built_in_tables, choose_table
 from taut.common_kernels.workspace import INTERPRETED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 BASE = choose_table(built_in_tables(), INTERPRETED.target, INTERPRETED.shared_memory)
 LLAMA = MODELS["llama"] | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
@@ -35,7 +36,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("one", ASKED, ids=lambda one: one.name)
-def test_tiles_reach_the_kernel_and_are_right(monkeypatch: pytest.MonkeyPatch, one: Any) -> None:
+def test_tiles_reach_the_kernel_and_are_right(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, one: Any) -> None:
     space = SPACES[one.table_operation]
     tile = space.whole(BASE.tile(one.table_operation, one.facts))
     tiles = [tile, {**tile, "keys": 64, **({"cut": 64} if "cut" in tile else {})}]
@@ -54,9 +55,9 @@ def test_tiles_reach_the_kernel_and_are_right(monkeypatch: pytest.MonkeyPatch, o
         return 1.0
 
     kernel = {"mla_decode": "taut_mla_decode", "paged_decode": "taut_decode", "paged_prefill": "taut_prefill"}
-    with measure.Session(BASE, INTERPRETED, "cpu", 0, time).timers() as timer_of:
-        for wanted, outcome in zip(tiles, timer_of(one)(tiles, None), strict=True):
-            assert outcome.status == "timed", outcome.why
-            launched = {keys for name, keys in seen if name == kernel[one.table_operation]}
-            assert launched == {wanted["keys"]}
-            seen.clear()
+    timer = measure.Measurer(one, BASE, INTERPRETED, tmp_path, None, "cpu", time)
+    for wanted, outcome in zip(tiles, timer(tiles, None), strict=True):
+        assert outcome.status == "timed", outcome.why
+        launched = {keys for name, keys in seen if name == kernel[one.table_operation]}
+        assert launched == {wanted["keys"]}
+        seen.clear()

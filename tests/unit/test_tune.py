@@ -6,7 +6,8 @@ import io
 import json
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import nullcontext
+from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,7 @@ from taut.benchmarks import BenchmarkError
 from taut.benchmarks.models import MODELS
 from taut.benchmarks.results import About
 from taut.benchmarks.tuning.problems import questions
-from taut.benchmarks.tuning.search import SLOWER, Outcome, score, search
-from taut.benchmarks.tuning.space import SPACES, Space
-from taut.benchmarks.tuning.writing import as_json, tuned_table
+from taut.benchmarks.tuning.search import SLOWER, SPACES, Outcome, Space, score, search
 from taut.cli import main, tune
 from taut.common_kernels.tiles import built_in_tables, choose_table, read_table
 
@@ -37,7 +36,7 @@ BASE = choose_table(built_in_tables(), "sm_90", 232_448)
 BOTH = {name: MODELS[name] for name in ("llama", "deepseek")}
 ASKED = questions(BOTH, target="sm_90")
 OF_HOPPER = questions(BOTH, target="sm_90", provider_of=lambda _problem: "hopper")
-SMALL = Space({"a": (1, 2, 3, 4), "b": (1, 2, 3), "keys": (16, 32, 64)}, (("a", "b"),), lambda _tile, _facts: True)
+SMALL = Space("a=1,2,3,4 b=1,2,3 keys=16,32,64", ("a b",), lambda _tile, _facts: True)
 TILES = [dict(zip(SMALL.axes, numbers, strict=True)) for numbers in product(*SMALL.axes.values())]
 
 
@@ -102,7 +101,7 @@ def test_every_question_is_one_that_its_table_answers() -> None:
     facts = tile_facts(4, 64, 64, torch.bfloat16, torch.bfloat16)
     assert dict(decode.facts) == facts
     tile = {**BASE.tile("mla_decode", mla.facts), "keys": 99}
-    table = tuned_table(BASE, [(mla, tile)], target="sm_90", shared_memory=1, measured="")
+    table = BASE.answering("mla_decode", mla.facts, tile)
     assert mla_tile(table, 128, 512, 2, 1).tile["keys"] == 99
     assert mla_tile(table, 64, 512, 2, 1).tile["keys"] != 99
 
@@ -145,7 +144,7 @@ def test_a_latent_of_another_size_is_refused() -> None:
 
 def all_changed(space: Space, tile: Tile, given: Mapping[str, int]) -> list[Tile]:
     """What the search tries from a tile, if none of it is better."""
-    return [other for names in space.changes for other in space.changed(tile, names, given)]
+    return [other for change in (*space.axes, *space.coupled) for other in space.changed(tile, change, given)]
 
 
 @pytest.mark.parametrize("one", [*ASKED, *OF_HOPPER], ids=lambda one: one.name)
@@ -159,7 +158,7 @@ def test_todays_tiles_lie_in_their_space(one: Any) -> None:
     assert tile not in changed
     assert len({tuple(sorted(other.items())) for other in changed}) == len(changed)
     assert all(set(other) == set(tile) for other in changed)
-    most = max(map(len, space.coupled))
+    most = max(len(names.split()) for names in space.coupled)
     assert all(sum(other[axis] != tile[axis] for axis in tile) <= most for other in changed)
 
 
@@ -252,7 +251,7 @@ def test_it_is_cut_short(numbers: list[tuple[float, float]], most: int) -> None:
 
 
 def test_what_does_not_fit_is_counted_and_never_chosen() -> None:
-    space = Space({"keys": (16, 32, 64), "stages": (1, 2, 3)}, (("keys", "stages"),), lambda _tile, _facts: True)
+    space = Space("keys=16,32,64 stages=1,2,3", ("keys stages",), lambda _tile, _facts: True)
 
     class Small(Timer):
         def outcome(self, tile: Tile, limits: Sequence[float] | None) -> Outcome:
@@ -270,7 +269,7 @@ def test_what_does_not_fit_is_counted_and_never_chosen() -> None:
 
 def test_numbers_that_trade_one_resource_are_changed_together() -> None:
     """More keys are better, but only so many of them fit: they are reached with fewer stages."""
-    space = Space({"keys": (32, 64), "stages": (2, 4)}, (("keys", "stages"),), lambda _tile, _facts: True)
+    space = Space("keys=32,64 stages=2,4", ("keys stages",), lambda _tile, _facts: True)
 
     class Small(Timer):
         def outcome(self, tile: Tile, limits: Sequence[float] | None) -> Outcome:
@@ -331,27 +330,28 @@ def test_todays_tile_must_work() -> None:
 # The table
 
 
-def test_the_table_is_taken_and_answers_as_before_elsewhere(tmp_path: Path) -> None:
-    chosen = [(one, {**BASE.tile(one.table_operation, one.facts), "stages": 9}) for one in ASKED]
-    table = tuned_table(BASE, chosen, target="sm_90", shared_memory=232_448, measured="a GPU")
+def test_a_table_with_answers_is_taken_and_answers_as_before_elsewhere(tmp_path: Path) -> None:
+    table = BASE
+    for _ in range(2):  # an entry of the same question is replaced
+        for one in ASKED:
+            tile = {**BASE.tile(one.table_operation, one.facts), "stages": 9}
+            table = table.answering(one.table_operation, one.facts, tile)
+    assert sum(map(len, table.operations.values())) == sum(map(len, BASE.operations.values())) + len(ASKED)
     path = tmp_path / "it.json"
-    path.write_text(as_json(table))
+    path.write_text(table.as_json())
     read = read_table(path)
-    assert (read.targets, read.vendor, read.shared_memory) == (("sm_90",), "nvidia", 232_448)
-    assert "measured on a GPU" in read.about
+    assert read == replace(table, name="it.json")
     for one in ASKED:
         assert read.tile(one.table_operation, one.facts)["stages"] == 9
         for name in one.facts:
             other = {**one.facts, name: one.facts[name] * 2 if one.facts[name] else 1}
             if other not in [dict(two.facts) for two in ASKED]:
                 assert read.tile(one.table_operation, other) == BASE.tile(one.table_operation, other)
-    again = tuned_table(read, chosen, target="sm_90", shared_memory=232_448, measured="a GPU")
-    assert again.operations == read.operations  # an entry of the same question is replaced
 
 
 def test_tables_are_written_as_they_are_read(tmp_path: Path) -> None:
     for table in built_in_tables():
-        (tmp_path / "it.json").write_text(as_json(table))
+        (tmp_path / "it.json").write_text(table.as_json())
         read = read_table(tmp_path / "it.json")
         assert (read.operations, read.targets, read.about) == (table.operations, table.targets, table.about)
 
@@ -359,18 +359,21 @@ def test_tables_are_written_as_they_are_read(tmp_path: Path) -> None:
 # The timer, with a made-up clock
 
 
-@contextmanager
-def timers(time: Any, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Those of a provider `triton` that has these kernels."""
+@pytest.fixture
+def timer_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
+    """The timer of a question to a provider `triton` that has these kernels."""
     from taut.benchmarks.tuning import measure
     from taut.common_kernels.workspace import INTERPRETED
 
     named = measure.kernels_of
-    monkeypatch.setattr(measure, "kernels_of", lambda name: kernels if name == "triton" else named(name))
     monkeypatch.setattr(measure, "CHECKED_LENGTHS", (0, 1, 17, 40))
     monkeypatch.setattr(measure, "CHECKED_TOKENS", 50)
-    with measure.Session(BASE, INTERPRETED, "cpu", 0, time).timers() as timer_of:
-        yield timer_of
+
+    def timer(question: Any, kernels: Any, time: Any, device: str = "cpu") -> measure.Measurer:
+        monkeypatch.setattr(measure, "kernels_of", lambda name: kernels if name == "triton" else named(name))
+        return measure.Measurer(question, BASE, INTERPRETED, tmp_path, None, device, time)
+
+    return timer
 
 
 TINY = {
@@ -385,19 +388,19 @@ def tiny_questions() -> list[Any]:
     return questions({"llama": llama, "deepseek": deepseek}, target="cpu", **TINY)
 
 
-def test_a_tile_is_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tile_is_checked_and_timed(timer_of: Callable[..., Any]) -> None:
     from taut.common_kernels import reference
 
     for one in tiny_questions():
         tile = SPACES[one.table_operation].whole(BASE.tile(one.table_operation, one.facts))
-        with timers(lambda calls: (len(calls), calls[0]())[0] * 4.0, reference, monkeypatch) as timer_of:
-            (outcome,) = timer_of(one)([tile], None)
-            assert outcome == Outcome("timed", (4.0,) * len(one.shapes))
-            assert list(timer_of(one)([tile, tile], [9.0] * len(one.shapes))) == [outcome] * 2
-            assert [o.status for o in timer_of(one)([tile], [1.0] * len(one.shapes))] == ["slower"]
+        timer = timer_of(one, reference, lambda calls: (len(calls), calls[0]())[0] * 4.0)
+        (outcome,) = timer([tile], None)
+        assert outcome == Outcome("timed", (4.0,) * len(one.shapes))
+        assert list(timer([tile, tile], [9.0] * len(one.shapes))) == [outcome] * 2
+        assert [o.status for o in timer([tile], [1.0] * len(one.shapes))] == ["slower"]
 
 
-def test_wrong_numbers_and_failures_are_outcomes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_numbers_and_failures_are_outcomes(timer_of: Callable[..., Any]) -> None:
     from taut.common_kernels import reference
 
     def bad(*arguments: Any, **named: Any) -> None:
@@ -411,8 +414,7 @@ def test_wrong_numbers_and_failures_are_outcomes(monkeypatch: pytest.MonkeyPatch
     tile = SPACES["mla_decode"].whole(BASE.tile("mla_decode", one.facts))
     for operation, status, why in ((bad, "wrong", "relative error inf"), (broken, "failed", "a tile too far")):
         kernels = SimpleNamespace(mla_decode=operation, workspace=reference.workspace)
-        with timers(lambda _calls: 1.0, kernels, monkeypatch) as timer_of:
-            (outcome,) = timer_of(one)([tile], None)
+        (outcome,) = timer_of(one, kernels, lambda _calls: 1.0)([tile], None)
         assert outcome.status == status
         assert why in outcome.why
 
@@ -430,26 +432,25 @@ def test_the_check_is_ragged_and_poisoned() -> None:
         assert unused == cache.shape[0] * cache.shape[1] - sum(CHECKED_LENGTHS)
 
 
-def test_nothing_is_timed_when_the_gpu_takes_no_more_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tile that broke it has failed; whoever asks for others gets no answer."""
+def test_nothing_is_timed_when_the_gpu_takes_no_more_work(
+    monkeypatch: pytest.MonkeyPatch, timer_of: Callable[..., Any]
+) -> None:
+    """The tile that broke it has failed; of those after it there is no outcome."""
     from taut.benchmarks.tuning import measure
 
     (one,) = [one for one in tiny_questions() if one.operation == "mla_decode"]
     tile = SPACES["mla_decode"].whole(BASE.tile("mla_decode", one.facts))
-    with timers(lambda _calls: 1.0, SimpleNamespace(), monkeypatch) as timer_of:
-        monkeypatch.setattr(measure, "_gpu_works", lambda: False)
-        timer = timer_of(one)
-        monkeypatch.setattr(measure.Measurer, "_checked_and_timed", lambda *_: 1 / 0)
-        monkeypatch.setattr(timer, "session", SimpleNamespace(base=BASE, device="cuda:0"))
-        (outcome,) = timer([tile, tile, tile], None)
-        assert (outcome.status, "division by zero" in outcome.why) == ("failed", True)
-        assert list(timer([tile], None)) == []
+    monkeypatch.setattr(measure, "_gpu_works", lambda: False)
+    monkeypatch.setattr(measure, "checked_task", lambda *_: 1 / 0)
+    (outcome,) = timer_of(one, SimpleNamespace(), lambda _calls: 1.0, "cuda:0")([tile, tile, tile], None)
+    assert (outcome.status, "division by zero" in outcome.why) == ("failed", True)
 
 
 def test_compiling_only_launches_nothing_and_finds_misfits(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.errors import OutOfResources
     from triton.runtime.jit import JITFunction
 
-    from taut.benchmarks.tuning.measure import MisfitError, compiling_only
+    from taut.benchmarks.tuning.measure import compiling_only
     from taut.common_kernels.workspace import DeviceFacts
 
     seen = []
@@ -463,13 +464,13 @@ def test_compiling_only_launches_nothing_and_finds_misfits(monkeypatch: pytest.M
     with compiling_only(DeviceFacts("sm_90", 1000, 1)):
         kernel[(3,)](1, keys=2)
     assert seen == [((1,), (3,), True, {"keys": 2})]
-    too_small = pytest.raises(MisfitError, match="needs 1000 bytes of shared memory, 999 are there")
+    too_small = pytest.raises(OutOfResources, match="shared memory, Required: 1000, Hardware limit: 999")
     with compiling_only(DeviceFacts("sm_90", 999, 1)), too_small:
         kernel[(3,)](1, keys=2)
     assert JITFunction.run is run
 
 
-def test_processes_that_compile_end_with_the_session() -> None:
+def test_processes_that_compile_end_with_the_tuning(tmp_path: Path) -> None:
     """Here they have no GPU to compile for, which is an outcome, and nothing of them is left."""
     import multiprocessing
 
@@ -477,9 +478,9 @@ def test_processes_that_compile_end_with_the_session() -> None:
     from taut.common_kernels.workspace import INTERPRETED
 
     one = tiny_questions()[0]
-    with measure.Session(BASE, INTERPRETED, "cpu", 1).timers() as timer_of:
+    with measure.compilers(1) as pool:
         tile = SPACES[one.table_operation].whole(BASE.tile(one.table_operation, one.facts))
-        (outcome,) = timer_of(one)([tile], None)
+        (outcome,) = measure.Measurer(one, BASE, INTERPRETED, tmp_path, pool, "cpu")([tile], None)
         assert len(multiprocessing.active_children()) == 1
     assert (outcome.status, outcome.us) == ("failed", ())
     assert multiprocessing.active_children() == []
@@ -488,40 +489,35 @@ def test_processes_that_compile_end_with_the_session() -> None:
 # The command
 
 
-class Session:
-    """Stands for the GPU: every question with a made-up timer."""
-
-    base, facts = BASE, SimpleNamespace(target="sm_90", shared_memory=232_448)
-
-    @contextmanager
-    def timers(self) -> Iterator[Any]:
-        yield lambda _question: Timer(self.us)
-
-    @staticmethod
-    def us(tile: Tile) -> list[float]:
-        return [100.0 / tile["stages"]] * 5
+def made_up(question: Any) -> Timer:
+    """The timer of a question that stands for the GPU's."""
+    return Timer(lambda tile: [100.0 / tile["stages"]] * len(question.shapes))
 
 
-class Interrupted(Session):
-    @contextmanager
-    def timers(self) -> Iterator[Any]:
-        yield lambda _question: Timer(lambda _tile: (_ for _ in ()).throw(KeyboardInterrupt))
+def interrupted(_question: Any) -> Timer:
+    return Timer(lambda _tile: (_ for _ in ()).throw(KeyboardInterrupt))
 
 
-class OfDecodeAlone(Session):
-    @contextmanager
-    def timers(self) -> Iterator[Any]:
-        class Broken(Timer):
-            def outcome(self, *_: Any) -> Outcome:
-                return Outcome("failed", why="no such instruction")
+def of_decode_alone(question: Any) -> Timer:
+    class Broken(Timer):
+        def outcome(self, *_: Any) -> Outcome:
+            return Outcome("failed", why="no such instruction")
 
-        yield lambda one: (Timer if one.operation == "paged_decode" else Broken)(self.us)
+    return made_up(question) if question.operation == "paged_decode" else Broken(lambda _tile: [])
 
 
-def tuning(monkeypatch: pytest.MonkeyPatch, session: Session, asked: list[Any]) -> None:
+def tuning(monkeypatch: pytest.MonkeyPatch, timer_of: Callable[[Any], Timer], asked: list[Any]) -> None:
     """Have the command tune these questions here."""
-    monkeypatch.setattr(tune, "_session", lambda *_: session)
+    from taut.benchmarks.tuning import measure
+
+    def measurer(question: Any, *_: Any, counted: Callable[[], None]) -> Timer:
+        counted()
+        return timer_of(question)
+
+    monkeypatch.setattr(tune, "_facts", lambda: SimpleNamespace(target="sm_90", shared_memory=232_448))
     monkeypatch.setattr(tune, "questions", lambda *_args, **_named: asked)
+    monkeypatch.setattr(measure, "Measurer", measurer)
+    monkeypatch.setattr(measure, "compilers", lambda _jobs: nullcontext())
 
 
 def as_user(
@@ -551,7 +547,7 @@ def test_a_run_from_its_questions_to_its_table(
 ) -> None:
     """The table, and nothing beside it."""
     path = tmp_path / "it.json"
-    tuning(monkeypatch, Session(), asked)
+    tuning(monkeypatch, made_up, asked)
     status, out, _ = as_user(monkeypatch, capsys, "llama", "deepseek", "-o", str(path), "--json")
     assert status == 0
     assert [file.name for file in tmp_path.iterdir()] == ["it.json"]
@@ -563,6 +559,8 @@ def test_a_run_from_its_questions_to_its_table(
     assert all(one["gain"] >= 1 for one in told["questions"])
 
     table = read_table(path)
+    assert (table.targets, table.vendor, table.shared_memory) == (("sm_90",), "nvidia", 232_448)
+    assert table.about.startswith(f"measured on {told['measured']}: {asked[0].name}; ")
     for one, by in zip(asked, told["questions"], strict=True):
         assert table.tile(one.table_operation, one.facts) == by["after"]["tile"]
     untouched = set(BASE.operations) - {one.table_operation for one in asked}
@@ -573,7 +571,7 @@ def test_a_run_from_its_questions_to_its_table(
 def test_an_interruption_writes_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    tuning(monkeypatch, Interrupted(), ASKED)
+    tuning(monkeypatch, interrupted, ASKED)
     status, out, err = as_user(monkeypatch, capsys, "llama", "-o", str(tmp_path / "it.json"))
     assert (status, out) == (130, "")
     assert "Traceback" not in err
@@ -584,7 +582,7 @@ def test_what_cannot_be_measured_costs_no_other(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     path = tmp_path / "it.json"
-    tuning(monkeypatch, OfDecodeAlone(), ASKED)
+    tuning(monkeypatch, of_decode_alone, ASKED)
     status, out, err = as_user(monkeypatch, capsys, "llama", "deepseek", "-o", str(path), "--json")
     assert status == 2
     assert [one["operation"] for one in json.loads(out)["questions"]] == ["paged_decode"]
@@ -613,7 +611,7 @@ def test_who_would_serve_is_tuned(
     arguments: tuple[str, ...],
     providers: list[str],
 ) -> None:
-    monkeypatch.setattr(tune, "_target", lambda: target)
+    monkeypatch.setattr(tune, "_facts", lambda: target and SimpleNamespace(target=target))
     status, out, _ = as_user(monkeypatch, capsys, "llama", "deepseek", "--dry-run", "--json", *arguments)
     told = json.loads(out)
     assert (status, [one["provider"] for one in told]) == (0, providers)
@@ -625,7 +623,7 @@ def test_the_setting_decides_unless_the_option_does(
 ) -> None:
     from taut.engine_plugins import settings
 
-    monkeypatch.setattr(tune, "_target", lambda: "sm_90")
+    monkeypatch.setattr(tune, "_facts", lambda: SimpleNamespace(target="sm_90"))
     monkeypatch.setattr(settings, "settings", lambda: settings.Settings(kernels="triton"))
     for arguments, provider in (((), "triton"), (("--kernels", "hopper"), "hopper"), (("--kernels", "auto"), "hopper")):
         _, out, _ = as_user(monkeypatch, capsys, "llama", "--dry-run", "--json", *arguments)
@@ -633,7 +631,7 @@ def test_the_setting_decides_unless_the_option_does(
 
 
 def test_who_cannot_serve_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(tune, "_target", lambda: "sm_90")
+    monkeypatch.setattr(tune, "_facts", lambda: SimpleNamespace(target="sm_90"))
     quantised = ("llama", "--dry-run", "--kernels", "hopper", "--cache-dtype", "float8_e4m3fn")
     status, _, err = as_user(monkeypatch, capsys, *quantised)
     assert status == 2
@@ -642,16 +640,25 @@ def test_who_cannot_serve_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 def test_the_outcome_for_people() -> None:
-    asked = [one for one in ASKED if len(one.shapes) == len(Session.us({"stages": 1}))]
     found: list[tuple[Any, Found]] = []
-    for one in asked:
+    for one in ASKED:
         start = BASE.tile(one.table_operation, one.facts)
-        found.append((one, search(SPACES[one.table_operation], one.given, start, Timer(Session.us), 60)))
+        found.append((one, search(SPACES[one.table_operation], one.given, start, made_up(one), 60)))
     out = io.StringIO()
     about = About(gpu="Some GPU", target="sm_90", date="2026-01-02", packages={"torch": "9.9"})
     Console(file=out, width=100).print(tune.render(found, about))
     assert "with stages=5" in out.getvalue()
     assert "mla_decode rows=128" in out.getvalue()
+
+
+def test_a_dry_run_for_people(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(tune, "_facts", lambda: None)
+    status, out, _ = as_user(monkeypatch, capsys, "llama", "--dry-run", "--decode", "rows=1 context=1k,2k")
+    assert status == 0
+    assert out.splitlines() == [
+        f"triton: {ASKED[0].name}, measured as paged_decode at 2 shapes for llama",
+        f"triton: {ASKED[1].name}, measured as paged_extend at 4 shapes for llama",
+    ]
 
 
 def test_a_dry_run_needs_no_torch() -> None:
