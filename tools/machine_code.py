@@ -65,6 +65,7 @@ def record(checkout: str, release: str, only: str, workers: int, keep: Path | No
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(map(str, (triton, folder / ".types", TOOLS))),
             "TRITON_CACHE_DIR": str(scratch / "cache"),
+            "TRITON_DISABLE_LINE_INFO": "1",  # which steers ptxas: other lines give other registers and orders
             "COMPILED_RECORD": str(scratch / "record"),
         }
         if keep:
