@@ -162,8 +162,8 @@ def attend_tiles(
                 scores = tl.dot(nope, tl.trans(latent), scores) * scale
             keys, seers = keys[None, :], positions[:, None]
         if LAST:
-            scores = tl.where(sees(mask, keys, seers, keys < end_key), scores, float("-inf"))
-        elif mask.CAUSAL:
+            scores = tl.where(keys < end_key, scores, float("-inf"))
+        if mask.CAUSAL:
             scores = tl.where(sees(mask, keys, seers, True), scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 0 if TRANSPOSED else 1))
         base = new_max
