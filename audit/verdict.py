@@ -136,7 +136,7 @@ def summary(run: Run, phase: str) -> Summary:
         kind: sum(row.scopes * row.counts.get(kind, 0) for row in rows) for kind in KINDS
     }
     compiled = sum(len(step.compiled) for step in recorded) / max(1, len(recorded))
-    totals |= {"compiled": compiled, "not_finite": _not_finite(run)}
+    totals |= {"compiled": compiled, "not_finite": run.padding.rows if run.padding and not run.padding.finite else 0}
     totals |= dict.fromkeys(unknown)
     findings = _findings(run, recorded, steps)
     profiled = run.observed is not None and phase == "decode"
@@ -181,12 +181,6 @@ def _seen_by_the_profiler_alone(device: Device, totals: dict[str, float | None])
             found.append(_of_run(kind, "decode", "seen by the profiler alone", more))
         totals[kind] = max(seen[kind], totals[kind] or 0)
     return found
-
-
-def _not_finite(run: Run) -> float | None:
-    if run.padding is None or run.padding.finite is None:
-        return None
-    return 0 if run.padding.finite else run.padding.rows
 
 
 def _rows(run: Run, steps: Sequence[Step], partials: int | None) -> list[Row]:
@@ -259,8 +253,7 @@ def _findings(run: Run, recorded: Sequence[Step], steps: Sequence[Step]) -> list
         found.append(replace(same, count=count, layers=layers, size=size))
     found.sort(key=lambda finding: (finding.by != "backend", WASTE.index(finding.kind), -finding.count))
     compiled = Counter(name for step in recorded for name in step.compiled)
-    for name, times in compiled.items():
-        found.append(_of_run("compiled", phase, name, times / len(recorded)))
+    found += [_of_run("compiled", phase, name, times / len(recorded)) for name, times in compiled.items()]
     if run.padding is not None and run.padding.finite is False:
         found.append(_of_run("not_finite", "run", run.padding.says, run.padding.rows))
     found += [_of_run("frozen_splits", "run", name, count) for name, count in run.captured_splits.items()]
