@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -92,6 +93,12 @@ class EngineAdapter:
     serves: tuple[str, ...]
     register: Callable[[Selection], None]
     ledger: Callable[[], Sequence[Touch]] = tuple
+
+
+def age_of(version: str, releases: tuple[str, str]) -> Literal["older", "within", "newer"]:
+    """How a release of an engine stands to the first and the last of those that an adapter was made for."""
+    given, first, last = ([*map(int, re.findall(r"\d+", each.split("+")[0])[:3])] for each in (version, *releases))
+    return "older" if given < first else "newer" if given > last else "within"
 
 
 def serving_line(kind: str, engine: str, version: str, provider: str, table: object | None) -> str:

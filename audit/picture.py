@@ -90,12 +90,7 @@ class Drawing:
 
 
 def picture(report: Report, *, alone: bool = True) -> str:
-    """The picture of a report with one run or several; "" where no step was seen.
-
-    Args:
-        report: to be drawn.
-        alone: whether it becomes a file of its own.
-    """
+    """The picture of a report with one run or several, `alone` as a file of its own; "" where no step was seen."""
     drawing = Drawing()
     if alone:
         drawing.heading(title(report), f"taut audit {report.taut}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from taut.audit.floor import floor_bytes, split_bytes
 from taut.audit.operations import KINDS
@@ -136,7 +136,7 @@ def summary(run: Run, phase: str) -> Summary:
         kind: sum(row.scopes * row.counts.get(kind, 0) for row in rows) for kind in KINDS
     }
     compiled = sum(len(step.compiled) for step in recorded) / max(1, len(recorded))
-    totals |= {"compiled": compiled, "not_finite": _not_finite(run)}
+    totals |= {"compiled": compiled, "not_finite": run.padding.rows if run.padding and not run.padding.finite else 0}
     totals |= dict.fromkeys(unknown)
     findings = _findings(run, recorded, steps)
     profiled = run.observed is not None and phase == "decode"
@@ -183,12 +183,6 @@ def _seen_by_the_profiler_alone(device: Device, totals: dict[str, float | None])
     return found
 
 
-def _not_finite(run: Run) -> float | None:
-    if run.padding is None or run.padding.finite is None:
-        return None
-    return 0 if run.padding.finite else run.padding.rows
-
-
 def _rows(run: Run, steps: Sequence[Step], partials: int | None) -> list[Row]:
     """A row for each scope, averaged over the steps; `partials` are a layer's, where a schedule of ours tells."""
     layers = {layer.name: layer for layer in run.layers}
@@ -205,7 +199,7 @@ def _rows(run: Run, steps: Sequence[Step], partials: int | None) -> list[Row]:
         row = Row(
             name,
             1,
-            {kind: times / len(steps) for kind, times in counts.items()},
+            {kind: times / len(steps) for kind, times in counts.items() if times},
             sum(event.taken for event in events if not event.kinds.get("outputs")) / len(steps),
             sum(event.moved or 0 for event in events) / len(steps),
         )
@@ -229,65 +223,37 @@ def _alike(rows: Sequence[Row]) -> list[Row]:
     """Rows that differ in their name alone as one, in the order of the first of each."""
     groups: dict[object, list[Row]] = defaultdict(list)
     for row in rows:
-        counted = {kind: count for kind, count in row.counts.items() if count}
-        key = tuple(sorted(counted.items())), row.scratch, row.moved, row.floor, row.split_traffic
+        key = tuple(sorted(row.counts.items())), row.scratch, row.moved, row.floor, row.split_traffic
         groups[key if row.floor is not None else row.name].append(row)
-    return [
-        replace(
-            group[0],
-            name=group[0].name if len(group) == 1 else f"{group[0].name} … {group[-1].name}",
-            scopes=len(group),
-            counts={kind: count for kind, count in group[0].counts.items() if count},
-        )
-        for group in groups.values()
-    ]
-
-
-class _Group(NamedTuple):
-    """What events have in common that are one finding."""
-
-    kind: str
-    what: str
-    by: str
-    operation: str
-    at: Place | None
-    through: Place | None
+    for first, *others in groups.values():
+        if others:
+            first.name, first.scopes = f"{first.name} … {others[-1].name}", 1 + len(others)
+    return [group[0] for group in groups.values()]
 
 
 def _findings(run: Run, recorded: Sequence[Step], steps: Sequence[Step]) -> list[Finding]:
     """What the steps that were seen in full do, and what was compiled in any of those that were recorded."""
     phase = recorded[0].kind if recorded else "run"
-    groups: dict[_Group, list[tuple[str, Event]]] = defaultdict(list)
+    groups: dict[Finding, list[tuple[str, Event]]] = defaultdict(list)  # by what is the same of them
     for step in steps:
         for scope in step.scopes:
             for event in scope.events:
                 for kind in WASTE:
                     if event.kinds.get(kind):
-                        group = _Group(kind, scope.what, event.by, event.name, event.at, event.through)
-                        groups[group].append((scope.name, event))
+                        same = _of_run(kind, phase, event.name, 0)
+                        same = replace(same, scope=scope.what, by=event.by, at=event.at, through=event.through)
+                        groups[same].append((scope.name, event))
     found = []
-    for group, events in groups.items():
-        sizes = [event.taken if group.kind == "allocations" else event.moved for _, event in events]
+    for same, events in groups.items():
+        sizes = [event.taken if same.kind == "allocations" else event.moved for _, event in events]
         known = [size for size in sizes if size is not None]
-        found.append(
-            Finding(
-                group.kind,
-                phase,
-                group.what,
-                group.by,
-                group.operation,
-                sum(event.kinds[group.kind] for _, event in events) / len(steps),
-                len({name for name, _ in events}) if group.what == "layer" else 0,
-                sum(known) // len(steps) if len(known) == len(sizes) else None,
-                group.at,
-                group.through,
-                ADVICE[group.kind],
-            )
-        )
+        count = sum(event.kinds[same.kind] for _, event in events) / len(steps)
+        layers = len({name for name, _ in events}) if same.scope == "layer" else 0
+        size = sum(known) // len(steps) if len(known) == len(sizes) else None
+        found.append(replace(same, count=count, layers=layers, size=size))
     found.sort(key=lambda finding: (finding.by != "backend", WASTE.index(finding.kind), -finding.count))
     compiled = Counter(name for step in recorded for name in step.compiled)
-    for name, times in compiled.items():
-        found.append(_of_run("compiled", phase, name, times / len(recorded)))
+    found += [_of_run("compiled", phase, name, times / len(recorded)) for name, times in compiled.items()]
     if run.padding is not None and run.padding.finite is False:
         found.append(_of_run("not_finite", "run", run.padding.says, run.padding.rows))
     found += [_of_run("frozen_splits", "run", name, count) for name, count in run.captured_splits.items()]

@@ -64,6 +64,11 @@ class KernelProvider:
     def _probed(self) -> tuple[str, ...]:
         return tuple(self.probe())
 
+    @property
+    def missing(self) -> list[str]:
+        """Those of the required modules that this environment lacks."""
+        return [module for module in self.requires if not _importable(module)]
+
     @cached_property
     def kernels(self) -> Kernels:
         """The provider's operations, imported on first use."""
@@ -75,8 +80,7 @@ class KernelProvider:
 
     def refusals(self, problem: Problem) -> list[str]:
         """Every reason why this provider cannot serve `problem`, as sentences; empty when it can."""
-        missing = [module for module in self.requires if not _importable(module)]
-        if missing:
+        if missing := self.missing:
             packages = " ".join(dict.fromkeys(module.partition(".")[0] for module in missing))
             return [f"needs {' and '.join(missing)}, which this environment lacks: pip install {packages}"]
         per_capability = [c.refusals(problem) for c in self.capabilities if c.operation == problem.operation]

@@ -14,11 +14,10 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
-import re
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from taut.adapters.engine import Touch
+from taut.adapters.engine import Touch, age_of
 from taut.common_kernels.paging import dequantised, packed_cache_views
 from taut.common_kernels.step import PageTable
 
@@ -448,8 +447,7 @@ def failures() -> tuple[str, ...]:
     A release outside the range is said so, once, and served as far as the probes hold.
     """
     version = engine_version()
-    numbers = [tuple(map(int, re.findall(r"\d+", v)[:3])) for v in (RELEASES[0], version, RELEASES[1])]
-    if not numbers[0] <= numbers[1] <= numbers[2]:
+    if age_of(version, RELEASES) != "within":
         log.warning(
             "vLLM %s is not among %s to %s, which this release of taut was made for: served as far as the probes hold",
             version,

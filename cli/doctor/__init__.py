@@ -1,9 +1,7 @@
 """`taut doctor`: what is installed, what would serve, and why; made to be pasted into an issue.
 
-`look.collect` looks around and never prints, `render` is for people, `report.as_json` for programs. The doctor's own
-process imports no engine: a broken engine must not keep it from saying what is wrong. The probes of the adapters'
-ledgers need the engine and run in a process of their own (`probes`). torch is imported, because only torch knows which
-GPUs it can use.
+The doctor's own process imports no engine, since a broken one must not keep it from saying what is wrong: the probes
+that need one run in a process of their own. torch is imported, because only torch knows which GPUs it can use.
 """
 
 from __future__ import annotations
@@ -18,18 +16,13 @@ from rich.console import Console
 from taut.cli.config_file import read_model
 from taut.cli.doctor.look import collect
 from taut.cli.doctor.probes import probe
-from taut.cli.doctor.render import render
-from taut.cli.doctor.report import as_json
+from taut.cli.doctor.report import as_json, render
 
 
 def command(
-    model: Annotated[
-        Path | None, typer.Option(help="A model's folder, or its config.json: who would serve it, and why.")
-    ] = None,
+    model: Annotated[Path | None, typer.Option(help="A model's folder or config.json: who serves it, and why.")] = None,
     engine: Annotated[str | None, typer.Option(help="Look for this engine only: vllm, sglang.")] = None,
-    target: Annotated[
-        str | None, typer.Option(help="Judge for this device instead of the one here: cpu, sm_90, gfx942.")
-    ] = None,
+    target: Annotated[str | None, typer.Option(help="Judge for this device instead: cpu, sm_90, gfx942.")] = None,
     bridge: Annotated[
         bool, typer.Option("--bridge", help="Show every entry of our ledger of the engine's internals.")
     ] = False,

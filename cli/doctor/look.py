@@ -5,39 +5,42 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import os
-import re
 from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import taut
-from taut.adapters.engine import serving_line
+from taut.adapters.engine import age_of, serving_line
 from taut.cli import UserError
 from taut.cli.doctor.probes import ProbeError
-from taut.cli.doctor.report import Asked, Level, Model, Report, Row, tidy
+from taut.cli.doctor.report import Level, Report, Row, tidy
 from taut.common_kernels.model import is_mla, problems_of_model, text_config
 from taut.common_kernels.problem import Problem, target_matches
 from taut.common_kernels.providers import GROUP, KernelProvider, ProviderError, Registry, registry
+from taut.common_kernels.targets import target_of
 from taut.engine_plugins import logs
 from taut.engine_plugins.hooks import NOTHING_REGISTERED, engines
 from taut.engine_plugins.settings import PREFIX, Settings, SettingsError, read_settings, variable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from taut.adapters.engine import EngineAdapter
+
+    Ask = Callable[[Problem], Row]
 
 DISTRIBUTION = "taut-attention"
 TRITON_DISTRIBUTIONS = ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-cpu")
 GPU_FILES = ("/dev/nvidiactl", "/dev/kfd")
 # SGLang takes an empty list of plugins for none and forgives spaces; vLLM does neither.
 FORGIVING_FILTERS = frozenset({"SGLANG_PLUGINS"})
+TRY_IT = "it may work: taut probes what it touches, and `taut doctor --bridge` shows what it misses"
 ALIKE = 0.85  # names of variables as near as this to one of ours are taken for a slip
 CAUSAL = frozenset({"causal"})
 # What models usually ask for, where none is given.
-USUAL: dict[str, Problem] = {
+USUAL = {
     "dense": Problem("paged_attention", "cpu", "bfloat16", "bfloat16", 32, 8, 128, 128, 16, 0, CAUSAL),
     "MLA": Problem("mla_decode", "cpu", "bfloat16", "bfloat16", 128, 1, 576, 512, 64, 1, CAUSAL),
 }
@@ -45,56 +48,48 @@ USUAL: dict[str, Problem] = {
 
 def collect(
     *,
-    environment: Mapping[str, str] | None = None,
+    environment: Mapping[str, str] = os.environ,
     engine: str | None = None,
     model: Mapping[str, Any] | None = None,
     target: str | None = None,
     kernels: Registry | None = None,
     probe: Callable[[str], list[Row]] | None = None,
 ) -> Report:
-    """Look around.
+    """Look around for one engine or for all, and judge the content of a model's `config.json`.
 
-    Args:
-        environment: where the settings stand; None for this process's.
-        engine: the only engine to look for; None for all that we can speak to.
-        model: the content of a model's `config.json`, to be judged.
-        target: what the model is to run on; None for the first GPU here, or the CPU.
-        kernels: the kernel providers; None for those of this process.
-        probe: runs the probes of an engine's ledger, by its name; None to leave them out.
+    The target is the first GPU here, or the CPU, and the kernels are those of this process, unless they are given.
+    `probe` runs the probes of an engine's ledger; without it they are left out.
 
     Raises:
         UserError: `engine` is none that we can speak to.
     """
-    environment = os.environ if environment is None else environment
     adapters = engines()
-    if engine is not None:
-        if engine not in adapters:
-            there = ", ".join(adapters)
-            raise UserError(f"--engine {engine}: taut speaks to no engine of this name. There are {there}")
-        adapters = {engine: adapters[engine]}
-    report = Report()
+    if engine not in (None, *adapters):
+        raise UserError(f"--engine {engine}: taut speaks to no engine of this name. There are {', '.join(adapters)}")
+    adapters = {name: adapter for name, adapter in adapters.items() if engine in (None, name)}
+    report, kernels = Report(), kernels or registry()
     settings = _settings(report, environment)
+    _entry_points(report, [adapter.plugin_group for adapter in adapters.values()], kernels)
     report.engines = [_engine(report, adapter, environment) for adapter in adapters.values()]
     installed = {found["name"]: found["version"] for found in report.engines if found["version"]}
     if not installed:
         names = " or ".join(adapter.distributions[0] for adapter in adapters.values())
-        says = f"{names} is not installed" if len(adapters) == 1 else "no engine is installed"
+        says = f"{names} is not installed" if engine else "no engine is installed"
         advice = f"install {names} into this environment, or install {DISTRIBUTION} into that of your engine"
         report.add("wrong", "engine", f"{says} beside taut", advice)
     _torch(report)
-    _triton(report)
-    kernels = kernels or registry()
     _providers(report, kernels)
     target = target or (report.gpus[0]["target"] if report.gpus else "cpu")
-    serving: dict[str, str] = {}
+    asked: dict[str, list[Row]] = {}
     if _check_choice(report, kernels, settings, target):
         ask = partial(_asked, kernels, settings.kernels)
         if model is not None:
-            judged = [adapter for name, adapter in adapters.items() if name in installed or len(adapters) == 1]
+            judged = [adapter for name, adapter in adapters.items() if engine or name in installed]
             _model(report, model, target, ask, judged, settings.attention or "unset")
-        serving = _who_serves(report.model, target, ask)
+        usual = {kind: [ask(replace(problem, target=target))] for kind, problem in USUAL.items()}
+        asked = {report.model["kind"]: report.model["asked"]} if report.model else usual
     for name, version in installed.items():
-        report.logs += _logged(adapters[name], version, settings, serving)
+        report.logs += _logged(adapters[name], version, settings, asked)
         if probe:
             _bridge(report, name, probe)
     return report
@@ -123,120 +118,95 @@ def _settings(report: Report, environment: Mapping[str, str]) -> Settings:
     return settings
 
 
+def _entry_points(report: Report, engine_groups: Sequence[str], kernels: Registry) -> None:
+    """The entry points by which engines find us and we find providers, and whether they load: engines hide why not."""
+    asked = dict.fromkeys(kernels.brought, "yes")  # this asks every plugin; the failures are complete only then
+    asked |= {plugin: f"no: {why}" for plugin, why in kernels.failures.items()}
+    for point in (each for group in (*engine_groups, GROUP) for each in metadata.entry_points(group=group)):
+        loads = asked.get(point.name, "not tried") if point.group == GROUP else "not tried"
+        if point.group != GROUP and point.value.startswith("taut."):
+            try:
+                point.load()
+                loads = "yes"
+            except Exception as error:  # whatever it is, this command is where it must be said
+                loads = f"no: {_named(error)}"
+        package = f"{point.dist.name} {point.dist.version}" if point.dist else "unknown"
+        told = {"group": point.group, "name": point.name, "value": point.value}
+        report.entry_points.append(told | {"package": package, "loads": tidy(loads)})
+
+
 def _engine(report: Report, adapter: EngineAdapter, environment: Mapping[str, str]) -> Row:
-    found = {name: version for name in adapter.distributions if (version := _version(name))}
-    if len(found) > 1:  # one may be a name only, for programs that ask the version of the other
-        found = {name: version for name, version in found.items() if _brings(name, adapter.module)} or found
+    name, (first, last), listed = adapter.name, adapter.releases, environment.get(adapter.plugin_filter)
+    there = {each: release for each in adapter.distributions if (release := _version(each))}
+    # A package may lend its name alone, for programs that ask for its release; an editable one lists no files.
+    found = {each: release for each, release in there.items() if _brings(each, adapter.module)} or there
     distribution, version = next(iter(found.items()), (None, "unknown" if _is_importable(adapter.module) else None))
-    in_range = _in_range(version, adapter.releases) if distribution and version else None
-    entry_point = _entry_point(report, adapter, "wrong" if version else "note")
-    listed = environment.get(adapter.plugin_filter)
-    let_through = _lets_through(adapter.plugin_filter, listed)
+    age = age_of(version, adapter.releases) if distribution and version else None
     if len(found) > 1:
         says = f"{' and '.join(found)} are both installed, and one has overwritten files of the other"
-        report.add("note", adapter.name, says, "uninstall both, and install one")
-    if version and in_range:
-        report.add("ok", adapter.name, f"{distribution} {version} is a release that taut was made for")
+        report.add("note", name, says, "uninstall both, and install one")
+    if age == "within":
+        report.add("ok", name, f"{distribution} {version} is a release that taut was made for")
+    elif age:
+        says = f"release {version} is not within {first} to {last}, for which taut {taut.__version__} was made"
+        behind = f"taut: pip install -U {DISTRIBUTION}, or install {name} {last}" if age == "newer" else name
+        report.add("note", name, f"{says}: it is {age}", f"update {behind}; {TRY_IT}")
     elif version:
-        report.add("note", adapter.name, *_out_of_range(adapter, version, in_range))
+        report.add("note", name, f"the release of {name} is unknown: taut may not have been made for it", TRY_IT)
     if version and not adapter.serves:
-        advice = f"leave TAUT_ATTENTION unset for {adapter.name}, or use another engine"
-        report.add("note", adapter.name, f"this release of taut does not yet serve {adapter.name}", advice)
-    if version and entry_point and not let_through:
-        both = ",".join([*filter(None, map(str.strip, (listed or "").split(","))), "taut"])
-        report.add(
-            "wrong",
-            adapter.name,
-            f"{adapter.plugin_filter}={listed} keeps {adapter.name} from loading the plugin taut: "
-            "it lists every plugin that may load, and an engine says nothing of the others",
-            f"export {adapter.plugin_filter}={both} (names separated by commas, no spaces), or unset it",
-        )
-    here = {"name": adapter.name, "distribution": distribution, "version": version, "releases": adapter.releases}
-    asked = {"in_range": in_range, "flag": adapter.flag, "serves": adapter.serves}
-    return {**here, **asked, "entry_point": entry_point, "let_through": let_through}
-
-
-def _out_of_range(adapter: EngineAdapter, version: str, in_range: bool | None) -> tuple[str, str]:
-    """What is said of a release for which this release of ours was not made, and what to do."""
-    engine, (first, last) = adapter.name, adapter.releases
-    says = f"release {version} is not within {first} to {last}, for which taut {taut.__version__} was made"
-    advice = "it may work: taut probes what it touches, and `taut doctor --bridge` shows what it misses"
-    if in_range is None:
-        unknown = f"the release of {engine} is unknown, so that it cannot be told whether taut was made for it"
-        return unknown, advice
-    if _numbers(version) < _numbers(first):
-        return f"{says}: it is older", f"update {engine}; {advice}"
-    return f"{says}: it is newer", f"update taut: pip install -U {DISTRIBUTION}, or install {engine} {last}; {advice}"
-
-
-def _entry_point(report: Report, adapter: EngineAdapter, level: Level) -> bool:
-    """Whether the engine finds our plugin and can load it: engines hide what goes wrong there."""
-    points = list(metadata.entry_points(group=adapter.plugin_group))
-    ours = next((point for point in points if point.value.startswith("taut.")), None)
-    report.entry_points += [_told(point, "not tried") for point in points if point != ours]
-    if ours is None:
-        says = f"the plugin taut is not among the entry points {adapter.plugin_group}: {adapter.name} cannot find it"
+        report.add("note", name, f"this release of taut does not yet serve {name}", "leave TAUT_ATTENTION unset for it")
+    points = [point for point in report.entry_points if point["group"] == adapter.plugin_group]
+    loads = next((point["loads"] for point in points if point["value"].startswith("taut.")), None)
+    if loads != "yes":
+        says = f"is not among the entry points {adapter.plugin_group}: {name} cannot find it"
+        says = f"does not load: {loads.removeprefix('no: ')}" if loads else says
         advice = f"reinstall it: pip install --force-reinstall --no-deps {DISTRIBUTION}"
-        report.add(level, adapter.name, says, advice)
-        return False
-    loads = "yes"
-    try:
-        ours.load()
-    except Exception as error:  # whatever it is, this command is where it must be said
-        loads = f"no: {_named(error)}"
-        says = f"the plugin {ours.value} does not load: {_named(error)}"
-        report.add(level, adapter.name, says, f"reinstall {DISTRIBUTION}")
-    report.entry_points.append(_told(ours, loads))
-    return loads == "yes"
-
-
-def _told(point: metadata.EntryPoint, loads: str) -> Row:
-    """An entry point, the package that brings it ("" where it is not known), and whether it loads."""
-    package = f"{point.dist.name} {point.dist.version}" if point.dist else ""
-    return {"group": point.group, "name": point.name, "value": point.value, "package": package, "loads": tidy(loads)}
-
-
-def _lets_through(filter_variable: str, listed: str | None) -> bool:
-    """Whether an engine's list of the plugins it may load leaves ours in."""
-    if listed is None:
-        return True
-    if filter_variable in FORGIVING_FILTERS:
-        return not listed or "taut" in map(str.strip, listed.split(","))
-    return "taut" in listed.split(",")
+        report.add("wrong" if version else "note", name, f"the plugin taut {says}", advice)
+    plugins = [each.strip() for each in (listed or "").split(",") if each.strip()]
+    forgiven = adapter.plugin_filter in FORGIVING_FILTERS and (not listed or "taut" in plugins)
+    let_through = forgiven or listed is None or "taut" in listed.split(",")
+    if version and loads == "yes" and not let_through:
+        says = f"{adapter.plugin_filter}={listed} keeps {name} from loading the plugin taut: "
+        says += "it lists every plugin that may load, and an engine says nothing of the others"
+        mended = f"{adapter.plugin_filter}={','.join([*plugins, 'taut'])}"
+        report.add("wrong", name, says, f"export {mended} (names separated by commas, no spaces), or unset it")
+    told = {key: getattr(adapter, key) for key in ("name", "releases", "flag", "serves")}
+    here = {"distribution": distribution, "version": version, "in_range": age == "within" if age else None}
+    return told | here | {"entry_point": loads == "yes", "let_through": let_through}
 
 
 def _torch(report: Report) -> None:
+    """What there is of torch, of GPUs, which it alone knows, and of triton."""
     advice = "install your engine, which brings the torch it was built with, or pip install torch"
     try:
         import torch
-    except ModuleNotFoundError as error:
-        missing = "torch is" if error.name == "torch" else f"torch cannot be imported: {error.name} is"
-        report.add("wrong", "torch", f"{missing} missing: every kernel provider needs it", advice)
-        return
-    except Exception as error:  # a torch that does not fit this machine's libraries
-        report.add("wrong", "torch", f"torch cannot be imported: {_named(error)}", advice)
-        return
-    builds = {"HIP": torch.version.hip, "CUDA": torch.version.cuda}
-    build = next((f"{name} {version}" for name, version in builds.items() if version), "CPU")
-    report.torch = {"version": torch.__version__, "build": build}
-    built = f"torch {torch.__version__}, built for {build}"
-    report.add("ok", "torch", built)
-    try:
-        report.gpus = _gpus()
-    except Exception as error:  # a driver that does not answer
-        report.add("wrong", "GPU", f"torch cannot use the GPU: {_named(error)}", "check the driver")
-        return
-    if not report.gpus and any(Path(file).exists() for file in GPU_FILES):
-        advice = "install a torch built for this GPU, or update its driver"
-        report.add("note", "GPU", f"there is a GPU, but {built}, cannot use it", advice)
-    elif not report.gpus:
-        report.add("note", "GPU", "no GPU: the engine serves on the CPU")
+    except Exception as error:  # it is missing, or does not fit this machine's libraries
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "torch"
+        says = "is missing: every kernel provider needs it" if missing else f"cannot be imported: {_named(error)}"
+        report.add("wrong", "torch", f"torch {says}", advice)
+    else:
+        builds = {"HIP": torch.version.hip, "CUDA": torch.version.cuda}
+        build = next((f"{name} {version}" for name, version in builds.items() if version), "CPU")
+        report.torch = {"version": torch.__version__, "build": build}
+        report.add("ok", "torch", f"torch {torch.__version__}, built for {build}")
+        try:
+            report.gpus = _gpus()
+            if not report.gpus and any(Path(file).exists() for file in GPU_FILES):
+                says = f"there is a GPU, which torch, built for {build}, cannot use"
+                report.add("note", "GPU", says, "install a torch built for this GPU, or update its driver")
+            elif not report.gpus:
+                report.add("note", "GPU", "no GPU: the engine serves on the CPU")
+        except Exception as error:  # a driver that does not answer
+            report.add("wrong", "GPU", f"torch cannot use the GPU: {_named(error)}", "check the driver")
+    if _is_importable("triton"):
+        report.triton = next(filter(None, map(_version, TRITON_DISTRIBUTIONS)), "unknown")
+    else:
+        advice = "install the triton that goes with your torch: pip install triton"
+        report.add("wrong" if report.gpus else "note", "triton", "triton is missing: GPU kernels need it", advice)
 
 
 def _gpus() -> list[Row]:
     import torch
-
-    from taut.common_kernels.targets import target_of
 
     gpus = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
@@ -246,35 +216,18 @@ def _gpus() -> list[Row]:
     return gpus
 
 
-def _triton(report: Report) -> None:
-    if _is_importable("triton"):
-        report.triton = next(filter(None, map(_version, TRITON_DISTRIBUTIONS)), "unknown")
-        return
-    advice = "install the triton that goes with your torch: pip install triton"
-    report.add("wrong" if report.gpus else "note", "triton", "triton is missing: kernels for GPUs need it", advice)
-
-
 def _providers(report: Report, kernels: Registry) -> None:
     """The providers, each with the plugin that brings it; and the plugins that are of no use."""
-    brought = [(plugin, provider) for plugin, them in kernels.brought.items() for provider in them]
-    failures = kernels.failures  # complete only now that every plugin was asked
-    points = {
-        point.name: _told(point, f"no: {failures[point.name]}" if point.name in failures else "yes")
-        for point in metadata.entry_points(group=GROUP)
-    }
-    report.entry_points += points.values()
-
-    def origin(plugin: str) -> str:
-        package = points[plugin]["package"] if plugin in points else ""
-        return "built in" if plugin == "taut" else f"entry point {plugin}" + (f" of {package}" if package else "")
-
-    for plugin, provider in sorted(brought, key=lambda each: (-each[1].priority, each[1].name)):
-        told = {key: getattr(provider, key) for key in ("requires", "automatic_on", "graphs", "capabilities")}
-        about = {"name": provider.name, "priority": provider.priority, "summary": provider.summary}
-        report.providers.append(about | {"origin": origin(plugin)} | told)
-    for plugin, failure in failures.items():
+    points = [(point["name"], point["package"]) for point in report.entry_points if point["group"] == GROUP]
+    origins = {"taut": "built in"} | {plugin: f"entry point {plugin} of {package}" for plugin, package in points}
+    keys = ("name", "priority", "summary", "requires", "automatic_on", "graphs", "capabilities")
+    for plugin, providers in kernels.brought.items():
+        origin = {"origin": origins.get(plugin, f"entry point {plugin}")}
+        report.providers += [origin | {key: getattr(provider, key) for key in keys} for provider in providers]
+    report.providers.sort(key=lambda provider: (-provider["priority"], provider["name"]))
+    for plugin, failure in kernels.failures.items():
         advice = "update or uninstall its package; the other providers serve"
-        report.add("wrong", "providers", f"the {origin(plugin)} is of no use: {failure}", advice)
+        report.add("wrong", "providers", f"the {origins[plugin]} is of no use: {failure}", advice)
 
 
 def _check_choice(report: Report, kernels: Registry, settings: Settings, target: str) -> bool:
@@ -301,89 +254,62 @@ def _check_choice(report: Report, kernels: Registry, settings: Settings, target:
     return True
 
 
-def _runs_on(provider: KernelProvider, target: str) -> bool:
-    complete = all(map(_is_importable, provider.requires))
-    return complete and any(target_matches(pattern, target) for c in provider.capabilities for pattern in c.targets)
+def _asked(kernels: Registry, wanted: str, problem: Problem) -> Row:
+    """Who serves a problem (None: nobody), and the reasons against the others."""
+    try:
+        choice = kernels.choose(problem, wanted)
+    except ProviderError:
+        by_name_only = (f"is never chosen by itself on {problem.target}",)
+        meant = [provider for provider in kernels.providers if wanted in ("auto", provider.name)]
+        reasons = {provider.name: tuple(provider.refusals(problem)) or by_name_only for provider in meant}
+        return {"problem": problem, "provider": None, "reasons": reasons}
+    return {"problem": problem, "provider": choice.provider.name, "reasons": choice.reasons}
 
 
 def _model(
-    report: Report,
-    config: Mapping[str, Any],
-    target: str,
-    ask: Callable[[Problem], Asked],
-    adapters: Sequence[EngineAdapter],
-    mode: str,
+    report: Report, config: Mapping[str, Any], target: str, ask: Ask, adapters: Iterable[EngineAdapter], mode: str
 ) -> None:
-    """Who would serve a model, and what each engine would do with it."""
+    """Who would serve a model, and what each value of TAUT_ATTENTION means for it in each engine."""
     try:
-        problems = problems_of_model(config, target=target)
+        asked = list(map(ask, problems_of_model(config, target=target)))
     except ValueError as error:
         advice = "check that this is the config.json of a language model; engines may know the model all the same"
         report.add("wrong", "model", f"cannot tell what this model asks for: {error}", advice)
         return
-    asked = tuple(map(ask, problems))
-    kind: Literal["dense", "MLA"] = "MLA" if is_mla(config) else "dense"
-    lacking = list(dict.fromkeys(one.problem.operation for one in asked if one.provider is None))
-    outcomes = {}
+    kind = "MLA" if is_mla(config) else "dense"
+    lacking = dict.fromkeys(one["problem"].operation for one in asked if not one["provider"])
+    outcomes: dict[str, dict[str, str]] = {}
     for adapter in adapters:
-        name = adapter.name
-        reasons = [f"{kind} models are not served by this release of taut in {name}"] * (kind not in adapter.serves)
-        reasons += [f"no kernels for {', '.join(lacking)} on {target}"] * bool(lacking)
-        outcomes[name] = _outcomes(adapter, "; ".join(reasons))
-        level: Level = "ok" if not reasons else "wrong" if mode == "on" else "note"
-        advice = "the engine's own attention serves it with TAUT_ATTENTION unset, auto or off" if reasons else ""
-        report.add(level, f"model in {name}", f"TAUT_ATTENTION {mode}: {outcomes[name][mode]}", advice)
+        name, own = adapter.name, f"{adapter.name}'s own attention"
+        against = [f"{kind} models are not served by this release of taut in {name}"] * (kind not in adapter.serves)
+        against += [f"no kernels for {', '.join(lacking)} on {target}"] * bool(lacking)
+        why = "; ".join(against)
+        flag = f"`{adapter.flag}` is refused: {why}" if why else f"taut with `{adapter.flag}`"
+        says = {"off": f"{own}: nothing of taut is registered", "unset": f"{own}; {flag}", "auto": "taut", "on": "taut"}
+        if why:
+            says |= {"auto": f"{own}: {why}", "on": f"{name} stops with an error: {why}"}
+        level: Level = "ok" if not why else "wrong" if mode == "on" else "note"
+        advice = "the engine's own attention serves it with TAUT_ATTENTION unset, auto or off" if why else ""
+        report.add(level, f"model in {name}", f"TAUT_ATTENTION {mode}: {says[mode]}", advice)
+        outcomes[name] = says
+    told = {"model_type": str(text_config(config).get("model_type", "unknown")), "kind": kind, "target": target}
     architectures = tuple(map(str, config.get("architectures") or ()))
-    model_type = str(text_config(config).get("model_type", "unknown"))
-    report.model = Model(model_type, architectures, kind, target, asked, outcomes)
+    report.model = told | {"architectures": architectures, "asked": asked, "outcomes": outcomes}
 
 
-def _asked(kernels: Registry, wanted: str, problem: Problem) -> Asked:
-    try:
-        choice = kernels.choose(problem, wanted)
-    except ProviderError:
-        against = {p.name: p.refusals(problem) for p in kernels.providers if wanted in ("auto", p.name)}
-        by_name_only = f"is never chosen by itself on {problem.target}"
-        return Asked(problem, None, {name: tuple(reasons) or (by_name_only,) for name, reasons in against.items()})
-    return Asked(problem, choice.provider.name, choice.reasons)
-
-
-def _outcomes(adapter: EngineAdapter, reasons: str) -> dict[str, str]:
-    """What each value of TAUT_ATTENTION means for a model, with the reasons against serving it, if any."""
-    own = f"{adapter.name}'s own attention"
-    flag = f"; `{adapter.flag}` is refused: {reasons}" if reasons else f"; taut with `{adapter.flag}`"
-    return {
-        "off": f"{own}: nothing of taut is registered",
-        "unset": own + (flag if adapter.serves else f": `{adapter.flag}` is still to come"),
-        "auto": f"{own}: {reasons}" if reasons else "taut",
-        "on": f"{adapter.name} stops with an error: {reasons}" if reasons else "taut",
-    }
-
-
-def _who_serves(model: Model | None, target: str, ask: Callable[[Problem], Asked]) -> dict[str, str]:
-    """The provider that would serve the model, or without one each kind of attention in its usual shapes, by kind."""
-    if model:
-        found: dict[str, list[str | None]] = {model.kind: [one.provider for one in model.asked]}
-    else:
-        found = {kind: [ask(replace(problem, target=target)).provider] for kind, problem in USUAL.items()}
-    return {kind: providers[0] for kind, providers in found.items() if providers[0] and all(providers)}
-
-
-def _logged(adapter: EngineAdapter, version: str, settings: Settings, serving: Mapping[str, str]) -> list[Row]:
+def _logged(adapter: EngineAdapter, version: str, settings: Settings, asked: Mapping[str, list[Row]]) -> list[Row]:
     """What each process of an engine would log."""
+    how = f"TAUT_ATTENTION={settings.attention}" if settings.attention else f"only with `{adapter.flag}`"
+    lines = {}
+    for kind, rows in asked.items():
+        if kind in adapter.serves and all(row["provider"] for row in rows):
+            table, provider = settings.table and settings.table.name, rows[0]["provider"]
+            lines[f"{kind}, {how}"] = _as_logged(serving_line(kind, adapter.title, version, provider, table))
     if settings.attention == "off":
-        lines = {"TAUT_ATTENTION=off": NOTHING_REGISTERED % adapter.name}
-    else:
-        how = f"TAUT_ATTENTION={settings.attention}" if settings.attention else f"only with `{adapter.flag}`"
-        table = settings.table.name if settings.table else None
-        lines = {
-            f"{kind}, {how}": serving_line(kind, adapter.title, version, provider, table)
-            for kind, provider in serving.items()
-            if kind in adapter.serves
-        }
-    quiet = settings.log in ("warning", "error")
-    said = [(when, "" if quiet else _as_logged(line)) for when, line in lines.items()]
-    return [{"engine": adapter.name, "when": when, "line": line} for when, line in said]
+        lines = {how: _as_logged(NOTHING_REGISTERED % adapter.name)}
+    if settings.log in ("warning", "error"):
+        lines = dict.fromkeys(lines, "")
+    return [{"engine": adapter.name, "when": when, "line": line} for when, line in lines.items()]
 
 
 def _as_logged(line: str) -> str:
@@ -401,13 +327,16 @@ def _bridge(report: Report, engine: str, probe: Callable[[str], list[Row]]) -> N
         report.add("wrong", engine, says, f"run python -c 'import {engine}' and mend what it says")
         return
     report.bridge += probed
-    needed = [entry for entry in probed if entry["needed"]]
-    missing = [entry for entry in needed if entry["verdict"] != "here"]
-    for entry in missing:
-        advice = "use a release of the engine that this release of taut was made for"
-        report.add("wrong", engine, f"{entry['verdict']}: {entry['what']}", advice)
+    needed = [(entry["verdict"], entry["what"]) for entry in probed if entry["needed"]]
+    missing = [f"{verdict}: {what}" for verdict, what in needed if verdict != "here"]
+    for says in missing:
+        report.add("wrong", engine, says, "use a release of the engine that this release of taut was made for")
     if not missing:
         report.add("ok", engine, f"all {len(needed)} internals of {engine} that taut cannot do without are there")
+
+
+def _version(distribution: str) -> str | None:
+    return next((found.version for found in metadata.distributions(name=distribution)), None)
 
 
 def _brings(distribution: str, module: str) -> bool:
@@ -416,28 +345,14 @@ def _brings(distribution: str, module: str) -> bool:
     return files is None or any(file.parts[0] == module for file in files)
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _is_importable(module: str) -> bool:
-    """Whether a module could be imported; a mere folder of that name, as in a checkout, does not count."""
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        return False
+    """Whether a top-level module could be imported; a mere folder of that name, as in a checkout, does not count."""
+    spec = importlib.util.find_spec(module)
     return spec is not None and spec.origin is not None
 
 
-def _in_range(version: str, releases: tuple[str, str]) -> bool:
-    return _numbers(releases[0]) <= _numbers(version) <= _numbers(releases[1])
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(map(int, re.findall(r"\d+", version.split("+")[0])[:3]))
+def _runs_on(provider: KernelProvider, target: str) -> bool:
+    return not provider.missing and any(target_matches(p, target) for can in provider.capabilities for p in can.targets)
 
 
 def _named(error: Exception) -> str:
