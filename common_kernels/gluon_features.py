@@ -65,7 +65,6 @@ NEEDED: dict[str, tuple[str | tuple[str, ...], ...]] = {
         "store",
         "sum",
         "tensor",
-        "tuple",
         "warp_specialize",
         "where",
         "zeros",

@@ -225,7 +225,7 @@ class Kernels(Protocol):
         """
         ...
 
-    def merge(self, partials: Tensor, partial_lses: Tensor, out: Tensor, lse: Tensor | None = None) -> None:
+    def merge(self, partials: Tensor, partial_lses: Tensor, out: Tensor, lse: Tensor | None = None, /) -> None:
         """Attention over a whole from partial results, each over some of its keys.
 
         out = sum over s of partials[s] * exp(partial_lses[s] - lse), lse = log of the sum of exp(partial_lses).

@@ -76,8 +76,8 @@ class ScheduledWorkspace:
     def __init__(
         self, shape: ScheduleShape, max_rows: int, partial_rows: int, value_size: int, device: torch.device | str
     ) -> None:
-        dependent = device_facts(str(device)).dependent_launch
-        self.schedule = DeviceSchedule(shape, max_rows, device, dependent)
+        early = device_facts(str(device)).dependent_launch
+        self.schedule = DeviceSchedule(shape, max_rows, device, early)
         self.scratch = Scratch(shape.parts, shape.max_items, partial_rows, value_size, device)
         self.items = shape.max_items
 

@@ -44,6 +44,8 @@ def _ledger() -> Sequence[Touch]:
 @hookimpl
 def taut_engines() -> Sequence[EngineAdapter]:
     """This adapter, as data."""
+    from taut.adapters.sglang.bridge import RELEASES
+
     return [
         EngineAdapter(
             name="sglang",
@@ -52,7 +54,7 @@ def taut_engines() -> Sequence[EngineAdapter]:
             distributions=("sglang",),
             plugin_group="sglang.srt.plugins",
             plugin_filter="SGLANG_PLUGINS",
-            releases=("0.5.11", "0.5.23"),
+            releases=RELEASES,
             flag="--attention-backend taut",
             serves=("dense", "MLA"),
             register=_register,

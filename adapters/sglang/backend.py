@@ -36,8 +36,7 @@ class TautBackend(AttentionBackend):
         ValueError: a layer cannot be served; the message holds every reason.
 
     Attributes:
-        token_to_kv_pool: SGLang finds the pools of a forward through its backend.
-        req_to_token_pool: likewise.
+        req_to_token_pool: SGLang finds the pools of a forward through its backend.
         forward_metadata: of the forward that is running.
         max_context_len: tokens that a request may have at most: what SGLang makes the mask of drafts by, where the host
             does not know lengths.
@@ -50,7 +49,6 @@ class TautBackend(AttentionBackend):
     def __init__(self, model_runner: Any, ahead: int = 0) -> None:
         super().__init__()
         self.ahead = ahead
-        self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.forward_metadata: TautMetadata | None = None
         table = self.req_to_token_pool.req_to_token
@@ -71,7 +69,7 @@ class TautBackend(AttentionBackend):
         # No step ahead has any number of queries.
         self.services = Services(found, around, usual_queries if ahead else [0, *usual_queries])
         window = self.services.widest_window(default=int(getattr(model_runner, "sliding_window_size", 0) or 0))
-        steps = Steps(table, max_rows + 1, bridge.slot_translation(self.token_to_kv_pool), window)
+        steps = Steps(table, max_rows + 1, bridge.slot_translation(around.pool), window)
         self.builder = Builder(steps, self.services, usual_queries, most_tokens(arguments))
         self.attention = Attention(self.builder)
         self.delegates = self.builder, self.attention
@@ -80,6 +78,15 @@ class TautBackend(AttentionBackend):
         self.services.announce()
         if self.device.type == "cuda":
             self.warm_up()
+
+    @property
+    def token_to_kv_pool(self) -> Any:
+        """SGLang's pool of keys and values. SGLang exchanges it while drafts run over another model's keys."""
+        return self.attention.pool
+
+    @token_to_kv_pool.setter
+    def token_to_kv_pool(self, pool: Any) -> None:
+        self.attention.pool = pool
 
     def warm_up(self) -> None:
         """Run a layer of each kind over steps without keys, so that nothing compiles while the model serves."""

@@ -2,7 +2,7 @@
 
 Each entry says what it is, since and until which release, how it is told apart (by a probe, never by comparing
 versions), why we need it, and when it can go. The functions below are the only places where those touches happen; the
-other modules of this adapter import from SGLang only `AttentionBackend`, whose place is the same from 0.5.11 to 0.5.23,
+other modules of this adapter import from SGLang only `AttentionBackend`, whose place is the same in all of `RELEASES`,
 and read the fields of the batch, the layer and the runner that every backend reads.
 """
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+RELEASES = ("0.5.11", "0.5.23")  # what this adapter was made for, first and last
 NAME = "taut"
 
 
@@ -291,8 +292,8 @@ def check() -> None:
     ]
     if missing:
         raise BridgeError(
-            f"this SGLang has no {'; no '.join(missing)}. taut was made for the releases 0.5.11 to 0.5.23 and cannot "
-            "register itself here"
+            f"this SGLang has no {'; no '.join(missing)}. taut was made for the releases {' to '.join(RELEASES)} "
+            "and cannot register itself here"
         )
 
 

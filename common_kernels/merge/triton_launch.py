@@ -46,9 +46,7 @@ def merge(partials: Tensor, partial_lses: Tensor, out: Tensor, lse: Tensor | Non
     )
 
 
-def merge_items(
-    workspace: ScheduledWorkspace, out: Tensor, lse: Tensor | None, rows: int, overlapped: bool = False
-) -> None:
+def merge_items(workspace: ScheduledWorkspace, out: Tensor, lse: Tensor | None, rows: int, early: bool = False) -> None:
     """Merge the partial results of every split item of a step into the output, in one launch.
 
     Row r of a partial belongs to query `r // Hq` of the item and head `r % Hq`. Items that were not split are left as
@@ -59,7 +57,7 @@ def merge_items(
         out: [T, Hq, V].
         lse: [T, Hq] float32, written if given.
         rows: how many rows of a partial are in use at most.
-        overlapped: whether the kernel launched just before says itself when this one may start (NVIDIA, sm_90+).
+        early: whether the kernel launched just before says itself when this one may start (NVIDIA, sm_90+).
     """
     shape, scratch = workspace.schedule.shape, workspace.scratch
     if shape.parts == 1:
@@ -85,9 +83,9 @@ def merge_items(
         CHUNK=chunk,
         BY_ITEM=by_item,
         HAS_LSE=lse is not None,
-        EARLY=overlapped,
+        EARLY=early,
         num_warps=warps,
-        **launch_options(overlapped),
+        **launch_options(early),
     )
 
 

@@ -167,11 +167,11 @@ def mla_decode(
         FLOAT8=float8,
         HAS_TABLE_ROWS=step.pages.rows is not None,
         HAS_LSE=lse is not None,
-        EARLY=workspace.overlapped,
+        EARLY=workspace.early,
         STAGES=tile["stages"],
         REGISTERS=tile["registers"] if boxed else tile["gather_registers"],
         num_warps=4,
         maxnreg=168,
-        **launch_options(workspace.overlapped),
+        **launch_options(workspace.early),
     )
-    merge_items(workspace, out, lse, tiling.block * heads, workspace.overlapped)
+    merge_items(workspace, out, lse, tiling.block * heads, workspace.early)

@@ -82,7 +82,7 @@ class MlaWorkspace(ScheduledWorkspace):
         max_query: the most queries of a row; 0 for no bound.
         multiprocessors: of the device.
         native_float8: see `DeviceFacts`.
-        overlapped: whether the device can start a kernel before the one ahead of it has ended.
+        early: whether the device can start a kernel before the one ahead of it has ended.
         device: where everything lies.
     """
 
@@ -95,7 +95,7 @@ class MlaWorkspace(ScheduledWorkspace):
         max_query: int,
         multiprocessors: int,
         native_float8: str,
-        overlapped: bool,
+        early: bool,
         device: torch.device | str,
     ) -> None:
         tile = tiling.tile
@@ -110,7 +110,7 @@ class MlaWorkspace(ScheduledWorkspace):
         super().__init__(shape, max_rows, tiling.head_blocks * tile["rows"], rank, device)
         self.tiling = tiling
         self.native_float8 = native_float8
-        self.overlapped = overlapped
+        self.early = early
         self.one = torch.ones(1, device=device)  # the scale of a cache that comes without
 
 
@@ -196,9 +196,9 @@ def mla_decode(
         SPREAD=bool(tile.get("spread", 0)),
         APART=bool(tile["apart"]),
         FAR=heads * max(*q_nope.stride(), *q_pe.stride(), *out.stride()) >= 2**31,
-        EARLY=workspace.overlapped,
+        EARLY=workspace.early,
         num_warps=tile["warps"],
         num_stages=tile["stages"],
-        **launch_options(workspace.overlapped),
+        **launch_options(workspace.early),
     )
-    merge_items(workspace, out, lse, tiling.block * heads, workspace.overlapped)
+    merge_items(workspace, out, lse, tiling.block * heads, workspace.early)

@@ -294,7 +294,7 @@ def decode(
     # With an item for every two parts, few items are split, and among few: the last of an item's parts merges it, which
     # saves a launch. With fewer items, all are split, and are merged sooner all over the device.
     merged_by_last = 2 * workspace.items > schedule.shape.parts and workspace.arrivals is not None
-    overlapped = device_has.dependent_launch and not merged_by_last
+    releases = device_has.dependent_launch and not merged_by_last
     taut_decode[(kv_heads * triton.cdiv(group, workspace.pack), schedule.shape.parts)](
         query,
         as_stored(key_cache),
@@ -332,7 +332,7 @@ def decode(
         MERGE_ROWS=triton.next_power_of_2(workspace.pack),
         MERGE_CHUNK=workspace.merge_chunk,
         EARLY=device_has.dependent_launch,
-        RELEASES=overlapped,
+        RELEASES=releases,
         PADDING=padding,
         KEY_HEAD_SCALES=key_scale is not None and key_scale.numel() > 1,
         VALUE_HEAD_SCALES=value_scale is not None and value_scale.numel() > 1,
@@ -348,7 +348,7 @@ def decode(
         **launch_options(device_has.dependent_launch),
     )
     if not merged_by_last:
-        merge_items(workspace, out, lse, schedule.shape.block * q_heads, overlapped)
+        merge_items(workspace, out, lse, schedule.shape.block * q_heads, releases)
 
 
 def ragged_attention(

@@ -27,7 +27,7 @@ class DeviceSchedule:
         shape: what does not change from step to step.
         max_rows: the most rows of a step.
         device: where the tables lie.
-        dependent: whether the device can start a kernel before the one ahead of it has ended (NVIDIA, sm_90+).
+        early: whether the device can start a kernel before the one ahead of it has ended (NVIDIA, sm_90+).
 
     Attributes:
         items: [shape.max_items, 8] int32, see `schedule.shape.Item`. As many as `launch` returns are the step's own and
@@ -35,12 +35,10 @@ class DeviceSchedule:
         parts: [shape.parts, 16] int32: see `schedule.shape.Part`, and from the ninth number on the part's first item.
     """
 
-    def __init__(
-        self, shape: ScheduleShape, max_rows: int, device: torch.device | str, dependent: bool = False
-    ) -> None:
+    def __init__(self, shape: ScheduleShape, max_rows: int, device: torch.device | str, early: bool = False) -> None:
         self.shape = shape
         self.max_rows = max_rows
-        self.dependent = dependent
+        self.early = early
         self.items: Tensor = torch.zeros(shape.max_items, RECORD.value, dtype=torch.int32, device=device)
         self.parts: Tensor = torch.zeros(shape.parts, PART_RECORD.value, dtype=torch.int32, device=device)
         self._row_items = torch.zeros(max_rows + 1, dtype=torch.int32, device=device)
@@ -88,20 +86,20 @@ class DeviceSchedule:
             STEPS=steps,
             CHUNK=chunk,
             PARTS_CHUNK=min(MOST_AT_ONCE, triton.next_power_of_2(shape.parts)),
-            EARLY=self.dependent,
+            EARLY=self.early,
             num_warps=8 if chunk < MOST_AT_ONCE else 16,
-            **launch_options(self.dependent),
+            **launch_options(self.early),
         )
         return items
 
 
-def launch_options(dependent: bool) -> dict[str, bool]:
+def launch_options(early: bool) -> dict[str, bool]:
     """Options of a launch: where the device can, a kernel is launched before the one ahead of it has ended, and waits.
 
     That hides the time of the launch. Such a kernel waits before it reads or writes anything, so that its own end means
     the end of everything before it.
     """
-    return {"launch_pdl": True} if dependent else {}
+    return {"launch_pdl": True} if early else {}
 
 
 def launch_sizes(items: int) -> tuple[int, int]:

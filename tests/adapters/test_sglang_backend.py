@@ -406,6 +406,23 @@ def test_a_layer_without_keys_reads_those_of_the_layer_it_shares_them_with() -> 
         ours.forward(query.flatten(1), key, None, attention, forward)
 
 
+def test_a_pool_that_sglang_exchanges_is_read_from_then_on() -> None:
+    """As drafts over the keys of the model that they draft for: SGLang sets the attribute, and sets it back."""
+    attention, own, other = layer(), Pool(KV_HEADS, SIZE), Pool(KV_HEADS, SIZE)
+    for number, pool in enumerate((own, other)):
+        pool.keys.zero_()
+        pool.values.fill_(number)
+    made = runner(attention, pool=own)
+    ours = backend.TautBackend(made)
+    forward = batch(made, ForwardMode.DECODE, [5], [1])
+    ours.init_forward_metadata(forward)
+    query = torch.randn(1, HEADS * SIZE)
+    for pool in (own, other, own):
+        ours.token_to_kv_pool = pool
+        out = ours.forward(query, None, None, attention, forward, save_kv_cache=False)
+        torch.testing.assert_close(out, torch.full_like(out, float(pool is other)))
+
+
 def test_what_is_not_known_is_refused_by_name() -> None:
     attention = layer()
     made = runner(attention)

@@ -27,9 +27,9 @@ def test_the_twins_are_one_text() -> None:
 
 def test_nobody_else_says_who_sees_what() -> None:
     """Keys are held against positions, and windows are read, in the twins alone; others hand a mask over."""
-    decides = re.compile(
-        r"\bmask\.(?:left|right|HAS_LEFT|HAS_RIGHT)\b|[<>]=? *positions?\b|\bpositions?(?:\[[^]]*\])? *[<>]"
-    )
+    position = r"(?:\w+\.)*positions?\b(?:\[[^]]*\])?"
+    decides = re.compile(rf"\bmask\.(?:left|right|HAS_LEFT|HAS_RIGHT)\b|[<>]=? *{position}|\b{position} *[<>]")
+    assert decides.search("seen = keys[None, :] <= warpgroup.positions[:, None]")
     kernels = {path: text for path in FOLDER.rglob("*.py") if ".jit" in (text := path.read_text())}
     deciding = {path.stem for path, text in kernels.items() if decides.search(text)}
     assert deciding == set(WORDS)
