@@ -21,7 +21,7 @@ from inspect import Parameter, Signature
 from typing import TYPE_CHECKING, Any
 
 from triton.language import core
-from typing_extensions import dataclass_transform  # typing's own from Python 3.11 on
+from typing_extensions import dataclass_transform  # which torch brings; typing's own from Python 3.11 on
 
 if TYPE_CHECKING:
     from collections.abc import Callable
